@@ -1,0 +1,345 @@
+"""The types everything speaks: what a method may look at, what it answers, and what a method is.
+
+A method sees ONE image (or one video) and has no batch axis. Speed comes back in `select_all`, which stacks images of
+equal shape and calls the method under `torch.vmap`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foveate import budget
+from foveate.budget import Keep
+from foveate.errors import BudgetError, ContractError, MissingEvidence
+
+Positions = Literal["paper", "original", "packed"]
+
+#: Evidence that a method has to declare in ``needs``; the engine captures only what is declared.
+ENCODER_EVIDENCE = frozenset({"encoder_fold", "encoder_keys", "encoder_saliency"})
+DECODER_EVIDENCE = frozenset({"hidden", "previous", "relevance", "text_mass"})
+DECLARABLE = ENCODER_EVIDENCE | DECODER_EVIDENCE | {"coordinates", "text", "seed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a method may look at, for one image at one site: one row per visual token as the LLM sees it.
+
+    Args:
+        grid: Frames (or crops), rows, columns before any drop.
+        coordinates: Where each alive token sits in the grid.
+        features: What the LLM reads for each token, in its embedding space.
+        total: Visual tokens of this image that entered the decoder (at site 0: that the encoder made).
+        depth: Decoder layers of the model.
+        crops: Tokens per encoder forward (crop or frame); sums to n at site 0. ``()`` means one crop.
+        encoder_fold: Result of the method's own fold over encoder layers.
+        encoder_keys: Head-mean keys of the feature layer.
+        encoder_saliency: Attention received, mean over heads: from CLS, or the column mean where there is no CLS.
+        text: Input embeddings of the prompt text after the image.
+        hidden: Input of decoder layer ``site``.
+        previous: Input of the layer before.
+        relevance: Attention of each prompt text token after the image to each visual token in layer ``site - 1``,
+            mean over heads; each row is what is left of a row that sums to 1 over the whole prompt.
+        text_mass: Attention of each visual token to all prompt text after the image, in the same layer.
+        seed: A number made from the prompt and the image's place in it: the same prompt, the same number.
+    """
+
+    grid: tuple[int, int, int]
+    coordinates: Int[Tensor, "n 3"]
+    features: Float[Tensor, "n d"]
+    total: int
+    depth: int
+    crops: tuple[int, ...] = ()
+    encoder_fold: Float[Tensor, " n"] | None = None
+    encoder_keys: Float[Tensor, "n v"] | None = None
+    encoder_saliency: Float[Tensor, " n"] | None = None
+    text: Float[Tensor, "t d"] | None = None
+    hidden: Float[Tensor, "n d"] | None = None
+    previous: Float[Tensor, "n d"] | None = None
+    relevance: Float[Tensor, "r n"] | None = None
+    text_mass: Float[Tensor, " n"] | None = None
+    seed: Int[Tensor, ""] | None = None
+
+    @property
+    def n(self) -> int:
+        """Tokens alive."""
+        return self.features.shape[0]
+
+    def require(self, name: str) -> Tensor:
+        """Return the evidence ``name``.
+
+        Raises:
+            MissingEvidence: If the method did not declare it, so that the engine did not capture it.
+        """
+        value = getattr(self, name, None)
+        if value is None:
+            raise MissingEvidence(
+                f"evidence `{name}` was not captured", f"add {name!r} to the method's `needs` if it reads it"
+            )
+        assert isinstance(value, Tensor)
+        return value
+
+    def subset(self, selection: Selection) -> Evidence:
+        """Return the evidence of the tokens that a selection kept."""
+        keep = selection.keep
+        rows: dict[str, Any] = {"crops": ()}
+        for name in ("coordinates", *ENCODER_EVIDENCE, "hidden", "previous", "text_mass"):
+            value = getattr(self, name)
+            rows[name] = None if value is None else value[keep]
+        rows["features"] = self.features[keep] if selection.features is None else selection.features
+        rows["relevance"] = None if self.relevance is None else self.relevance[:, keep]
+        return dataclasses.replace(self, **rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a method answers: the tokens that stay.
+
+    Args:
+        keep: Sorted, unique, in range(n).
+        stay: For adaptive methods: which of ``keep`` really stay (so that shapes never depend on data).
+        scores: float32, higher means keep; for pictures and reports.
+        features: Set when tokens were merged into the kept ones.
+        merged_into: Slot in ``keep`` of each token, -1 = gone; for pictures.
+        measures: Named scalars that the report shows.
+        repeats: Indices may repeat: the same row is read twice (only to reproduce a released code's defect).
+    """
+
+    keep: Int[Tensor, " k"]
+    stay: Bool[Tensor, " k"] | None = None
+    scores: Float[Tensor, " n"] | None = None
+    features: Float[Tensor, "k d"] | None = None
+    merged_into: Int[Tensor, " n"] | None = None
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+    repeats: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A frozen set of hyper-parameters that selects visual tokens.
+
+    Class attributes:
+        name: The word in specs.
+        needs: Evidence the engine must capture (see `DECLARABLE`).
+        scope: ``image``: one call per image; ``prompt``: one call for all visual tokens of a prompt together.
+        adaptive: The number of tokens that stay depends on the input (`Selection.stay`).
+        paper_positions: What the rotary embedding sees in the method's paper.
+        saliency_layer: Where ``encoder_saliency`` is read: the ``feature`` layer or the ``last`` one.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    scope: ClassVar[Literal["image", "prompt"]] = "image"
+    adaptive: ClassVar[bool] = False
+    paper_positions: ClassVar[Literal["original", "packed"]] = "original"
+
+    positions: Positions = "paper"
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("paper", "original", "packed"):
+            raise BudgetError(f"positions must be paper, original or packed, got {self.positions!r}")
+
+    @property
+    def saliency_layer(self) -> Literal["feature", "last"]:
+        return "feature"
+
+    @cached_property
+    def parts(self) -> tuple[Method, ...]:
+        """The single-site-kind methods this one is made of."""
+        return (self,)
+
+    @abstractmethod
+    def sites(self, n_layers: int) -> tuple[int, ...]:
+        """Return the decoder layers before which tokens leave; 0 = before the LLM."""
+
+    @abstractmethod
+    def select(self, evidence: Evidence, site: int) -> Selection:
+        """Choose the tokens of one image that stay from layer ``site`` on."""
+
+    def expected(self, alive: int, total: int, site: int, n_layers: int) -> int | None:
+        """Return how many of ``alive`` tokens stay at ``site``; None when it depends on the input."""
+        return None
+
+    def encoder_layers(self, n_layers: int) -> range:
+        """Return the encoder transitions the fold reads: l means from ``hidden_states[l - 1]`` to ``[l]``."""
+        return range(0)
+
+    def fold(
+        self, carry: Float[Tensor, " n"] | None, before: Float[Tensor, "n v"], after: Float[Tensor, "n v"]
+    ) -> Float[Tensor, " n"]:
+        """Take one encoder transition into the carry (None at the first). Pure; one image (one crop)."""
+        raise MissingEvidence(f"`{self.name}` declares encoder_fold but defines no fold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMethod(Method):
+    """A method that selects once, before the LLM, a number of tokens that never depends on data.
+
+    Args:
+        keep: int = tokens per image, float = fraction in (0, 1].
+    """
+
+    paper_positions: ClassVar[Literal["original", "packed"]] = "packed"
+
+    keep: Keep
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        budget.check_keep(self.keep)
+
+    def sites(self, n_layers: int) -> tuple[int, ...]:
+        return (0,)
+
+    def count(self, n: int) -> int:
+        """Return how many of ``n`` tokens stay."""
+        return budget.resolve_keep(self.keep, n)
+
+    def expected(self, alive: int, total: int, site: int, n_layers: int) -> int | None:
+        return self.count(alive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite(Method):
+    """A method made of parts, each acting at its own sites."""
+
+    name: ClassVar[str] = "chain"
+
+    @cached_property
+    @abstractmethod
+    def parts(self) -> tuple[Method, ...]:
+        """The parts, flat, in the order in which they act."""
+
+    def sites(self, n_layers: int) -> tuple[int, ...]:
+        return tuple(sorted({site for part in self.parts for site in part.sites(n_layers)}))
+
+    def select(self, evidence: Evidence, site: int) -> Selection:
+        chosen: Selection | None = None
+        for part in self.parts:
+            if site in part.sites(evidence.depth):
+                if chosen is None:
+                    chosen = part.select(evidence, site)
+                else:
+                    evidence = evidence.subset(chosen)
+                    chosen = compose(chosen, part.select(evidence, site))
+        if chosen is None:
+            raise ContractError(f"no part of `{self.name}` acts at site {site}")
+        return chosen
+
+
+@dataclass(frozen=True, init=False)
+class Chain(Composite):
+    """Several methods, each at its own sites: ``Chain(EvoCut(keep=128), V2Drop(keep=32))``.
+
+    Args:
+        methods: Two or more methods; those that act before the LLM run in the order given.
+    """
+
+    methods: tuple[Method, ...]
+
+    def __init__(self, *methods: Method) -> None:
+        if len(methods) < 2:
+            raise BudgetError(f"a chain needs at least two methods, got {len(methods)}")
+        object.__setattr__(self, "methods", methods)
+        object.__setattr__(self, "positions", "paper")
+
+    @cached_property
+    def parts(self) -> tuple[Method, ...]:
+        return tuple(part for method in self.methods for part in method.parts)
+
+
+def compose(first: Selection, second: Selection) -> Selection:
+    """Return the selection that applies ``second`` to what ``first`` kept."""
+    merged = first.merged_into
+    if merged is not None:
+        slot = torch.full_like(first.keep, -1)
+        slot[second.keep] = torch.arange(len(second.keep), device=slot.device)
+        merged = torch.where(merged < 0, merged, slot[merged.clamp(min=0)])
+    features = second.features
+    if features is None and first.features is not None:
+        features = first.features[second.keep]
+    scores = first.scores
+    if second.scores is not None:
+        n = len(first.scores) if first.scores is not None else int(first.keep.max()) + 1
+        scores = second.scores.new_full((n,), float("-inf"))
+        scores[first.keep] = second.scores
+    return Selection(
+        keep=first.keep[second.keep],
+        stay=second.stay,
+        scores=scores,
+        features=features,
+        merged_into=merged,
+        measures={**first.measures, **second.measures},
+        repeats=first.repeats or second.repeats,
+    )
+
+
+_TENSORS = tuple(f.name for f in dataclasses.fields(Evidence) if f.name not in ("grid", "total", "depth", "crops"))
+_ANSWERS = ("keep", "stay", "scores", "features", "merged_into")
+
+
+def select_all(method: Method, evidences: Sequence[Evidence], site: int) -> list[Selection]:
+    """Return the checked selection of each image; images of equal shape go through one `torch.vmap`.
+
+    Raises:
+        ContractError: If a selection is unsorted, repeats an index, is out of range or has a wrong count.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, evidence in enumerate(evidences):
+        shapes = tuple(None if (t := getattr(evidence, name)) is None else (t.shape, t.dtype) for name in _TENSORS)
+        groups[(evidence.grid, evidence.total, evidence.depth, evidence.crops, shapes)].append(i)
+    answers: dict[int, Selection] = {}
+    for members in groups.values():
+        group = [evidences[i] for i in members]
+        selections = [method.select(group[0], site)] if len(group) == 1 else _vmapped(method, group, site)
+        _check(method, group[0], selections, site)
+        answers.update(zip(members, selections, strict=True))
+    return [answers[i] for i in range(len(evidences))]
+
+
+def _vmapped(method: Method, group: Sequence[Evidence], site: int) -> list[Selection]:
+    names = [name for name in _TENSORS if getattr(group[0], name) is not None]
+    stacked = {name: torch.stack([getattr(evidence, name) for evidence in group]) for name in names}
+    static: dict[str, Any] = {}
+
+    def one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        selection = method.select(dataclasses.replace(group[0], **tensors), site)
+        static["repeats"] = selection.repeats
+        present = {name: getattr(selection, name) for name in _ANSWERS if getattr(selection, name) is not None}
+        return present | {f"measure {name}": value for name, value in selection.measures.items()}
+
+    out = torch.vmap(one)(stacked)
+    selections = []
+    for i in range(len(group)):
+        fields = {name: value[i] for name, value in out.items() if not name.startswith("measure ")}
+        measures = {name.removeprefix("measure "): v[i] for name, v in out.items() if name.startswith("measure ")}
+        selections.append(Selection(**fields, measures=measures, repeats=static["repeats"]))
+    return selections
+
+
+def _check(method: Method, evidence: Evidence, selections: Sequence[Selection], site: int) -> None:
+    """Check the selections of one group, with a single transfer from the device."""
+    n, k = evidence.n, len(selections[0].keep)
+    expected = method.expected(n, evidence.total, site, evidence.depth)
+    if expected is not None and k != expected:
+        raise ContractError(f"`{method.name}` announced {expected} of {n} tokens at site {site} and kept {k}")
+    if (selections[0].stay is not None) and not method.adaptive:
+        raise ContractError(f"`{method.name}` answered with `stay` but is not declared adaptive")
+    if k == 0:
+        return
+    keep = torch.stack([selection.keep for selection in selections])
+    steps = keep.diff(dim=1)
+    bad = (keep[:, 0] < 0) | (keep[:, -1] >= n) | (steps < (0 if selections[0].repeats else 1)).any(dim=1)
+    if bool(bad.any()):
+        raise ContractError(
+            f"`{method.name}` must return sorted, unique indices in range({n}) at site {site}, "
+            f"got {keep[bad.nonzero()[0, 0]].tolist()[:16]}..."
+        )

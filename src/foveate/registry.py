@@ -1,0 +1,141 @@
+"""Names and one-line specs: ``"todre:keep=0.1,exit=0.875"`` is the same thing as ``ToDRE(keep=0.1, exit=0.875)``.
+
+Outsiders register through the entry-point group ``foveate.methods``; its values are `Method` subclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from foveate.core import Chain, Method
+from foveate.errors import BudgetError, UnknownMethod, did_you_mean
+
+_METHODS: dict[str, type[Method]] = {}
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Make a method known by its ``name``; a class decorator.
+
+    Raises:
+        ValueError: If the name is malformed or already taken by another class.
+    """
+    if not _NAME.fullmatch(cls.name):
+        raise ValueError(f"a method's name is lower-case letters, digits and _, got {cls.name!r}")
+    if _METHODS.get(cls.name, cls) is not cls:
+        raise ValueError(f"the name {cls.name!r} is taken by {_METHODS[cls.name].__qualname__}")
+    _METHODS[cls.name] = cls
+    return cls
+
+
+@cache
+def _load_plugins() -> None:
+    for point in entry_points(group="foveate.methods"):
+        register(point.load())
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all registered methods, built-in ones first."""
+    _load_plugins()
+    return tuple(_METHODS)
+
+
+def get(name: str) -> type[Method]:
+    """Return the method class registered under ``name``.
+
+    Raises:
+        UnknownMethod: With the nearest names.
+    """
+    _load_plugins()
+    if name not in _METHODS:
+        raise UnknownMethod(f"unknown method: {name!r}", did_you_mean(name, _METHODS))
+    return _METHODS[name]
+
+
+def from_spec(spec: str | Method) -> Method:
+    """Build a method from its one-line spec; a method passes through.
+
+    The grammar is ``name:key=value,key=value``; stages are written ``stages=3@0.5/17@0.3/22@0``; ``a + b`` is a chain.
+
+    Raises:
+        UnknownMethod: If no method has this name.
+        BudgetError: If an option is unknown, missing or malformed.
+
+    Example:
+        >>> import foveate
+        >>> to_spec(from_spec("evocut:keep=64"))
+        'evocut:keep=64'
+    """
+    if isinstance(spec, Method):
+        return spec
+    pieces = [piece.strip() for piece in spec.split("+")]
+    methods = [_one(piece) for piece in pieces]
+    return methods[0] if len(methods) == 1 else Chain(*methods)
+
+
+def to_spec(method: Method) -> str:
+    """Return the shortest spec that builds ``method`` again: ``from_spec(to_spec(m)) == m``."""
+    if isinstance(method, Chain):
+        return " + ".join(to_spec(part) for part in method.methods)
+    options = [f"{name}={_write(value)}" for name, value in changed_fields(method).items()]
+    return method.name + (":" + ",".join(options) if options else "")
+
+
+def changed_fields(method: Method) -> dict[str, Any]:
+    """Return the fields of a method that differ from their defaults, in order, ``keep`` first."""
+    changed = {
+        f.name: getattr(method, f.name)
+        for f in dataclasses.fields(method)
+        if f.init and (f.default is dataclasses.MISSING or getattr(method, f.name) != f.default)
+    }
+    return dict(sorted(changed.items(), key=lambda item: item[0] != "keep"))
+
+
+def _one(piece: str) -> Method:
+    name, _, rest = piece.partition(":")
+    cls = get(name.strip())
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise BudgetError(f"an option is written key=value, got {item!r}", f"type `{name}:{_usage(known)}`")
+        if key not in known:
+            raise BudgetError(f"`{name}` has no option {key!r}", did_you_mean(key, known))
+        options[key] = _read(value)
+    required = [key for key, f in known.items() if f.default is dataclasses.MISSING and key not in options]
+    if required:
+        raise BudgetError(f"`{name}` needs {', '.join(required)}", f"type `{name}:{_usage(known)}`")
+    build: Callable[..., Method] = cls
+    return build(**options)
+
+
+def _usage(known: dict[str, dataclasses.Field[Any]]) -> str:
+    return "keep=64" if "keep" in known else ",".join(f"{key}=..." for key in known)
+
+
+def _read(text: str) -> Any:
+    if "@" in text:
+        return tuple((int(site), _read(keep)) for site, _, keep in (s.partition("@") for s in text.split("/")))
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(f"{site}@{_write(keep)}" for site, keep in value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
