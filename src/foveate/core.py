@@ -221,6 +221,13 @@ class Composite(Method):
     def sites(self, n_layers: int) -> tuple[int, ...]:
         return tuple(sorted({site for part in self.parts for site in part.sites(n_layers)}))
 
+    def expected(self, alive: int, total: int, site: int, n_layers: int) -> int | None:
+        count: int | None = alive
+        for part in self.parts:
+            if count is not None and site in part.sites(n_layers):
+                count = part.expected(count, total, site, n_layers)
+        return count
+
     def select(self, evidence: Evidence, site: int) -> Selection:
         chosen: Selection | None = None
         for part in self.parts:
@@ -310,7 +317,7 @@ def _vmapped(method: Method, group: Sequence[Evidence], site: int) -> list[Selec
     stacked = {name: torch.stack([getattr(evidence, name) for evidence in group]) for name in names}
     static: dict[str, Any] = {}
 
-    def one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def one(tensors: dict[str, Any]) -> dict[str, Tensor]:
         selection = method.select(dataclasses.replace(group[0], **tensors), site)
         static["repeats"] = selection.repeats
         present = {name: getattr(selection, name) for name in _ANSWERS if getattr(selection, name) is not None}

@@ -1,0 +1,183 @@
+"""`compress` and `Handle`: choose the engine parts a method calls for, refuse early, attach, take off."""
+
+from __future__ import annotations
+
+from functools import wraps
+from types import TracebackType
+from typing import Any
+
+from foveate import registry
+from foveate.core import Method
+from foveate.engines.decoder import DecoderPart, guard_gaps
+from foveate.engines.prompt import PromptPart
+from foveate.engines.state import Attachment, Clock, Frame, Frames
+from foveate.errors import UnsupportedCall, UnsupportedMethod
+from foveate.families import Family, family_of
+from foveate.report import Report
+
+_MARK = "_foveate_handle"
+
+
+class Handle:
+    """A method attached to a model. Take it off with ``remove()``, or use it in a ``with`` statement."""
+
+    def __init__(self, model: Any, method: Method, family: Family) -> None:
+        self.model, self.method, self.family = model, method, family
+        self._attachment, self._frames = Attachment(), Frames()
+        self._last: Frame | None = None
+        self._calls = 0
+        layers = family.layers(model)
+        prompt, inner = _split(method, len(layers))
+        positions = _positions(method, prompt, family)
+        _check_evidence(method, family, model)
+        if inner:
+            family.check_layers(model)
+        try:
+            if inner:
+                DecoderPart(model, family, inner, self._frames, self._attachment)
+            if prompt and positions == "original":
+                guard_gaps(family.decoder(model), layers, self._attachment)
+            self._time_prefill(family.decoder(model))
+            sites = frozenset(site for part in inner for site in part.sites(len(layers)))
+            PromptPart(model, family, prompt, sites, positions, self._frames, self._finished, self._attachment)
+            model.__dict__[_MARK] = self
+            self._attachment.add(lambda: model.__dict__.pop(_MARK))
+        except BaseException:
+            self._attachment.remove()
+            raise
+
+    @property
+    def report(self) -> Report:
+        """What the last call with pictures did; reading it waits for the device."""
+        layers = len(self.family.layers(self.model))
+        spec = registry.to_spec(self.method)
+        if self._last is None:
+            return Report(method=spec, model=type(self.model).__name__, layers=layers)
+        return self._last.report(spec, self.model, layers, self._calls)
+
+    @property
+    def frame(self) -> Frame | None:
+        """The last call with pictures, with everything still on the device; for `verify` and for research."""
+        return self._last
+
+    def remove(self) -> None:
+        """Leave the model as it was; a second time does nothing. The report stays."""
+        self._attachment.remove()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<foveate.Handle {registry.to_spec(self.method)!r} on {type(self.model).__name__}>"
+
+    def _finished(self, frame: Frame) -> None:
+        self._last = frame
+        self._calls += 1
+
+    def _time_prefill(self, decoder: Any) -> None:
+        """Time the first pass of the decoder over each prompt."""
+        original = decoder.forward
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            frame = self._frames.top
+            clock: Clock | None = None if frame is None or frame.clock.ran("prefill") else frame.clock
+            if clock is None:
+                return original(*args, **kwargs)
+            with clock.section("prefill"):
+                return original(*args, **kwargs)
+
+        self._attachment.wrap(decoder, "forward", forward)
+
+
+def compress(model: Any, method: Method | str) -> Handle:
+    """Let a model read with a fraction of its visual tokens, until the handle is removed.
+
+    Args:
+        model: A vision-language model of transformers, with its head (``...ForConditionalGeneration``).
+        method: A method, or its spec: ``"evocut:keep=64"``.
+
+    Returns:
+        The handle: a context manager with ``.report`` and ``.remove()``.
+
+    Raises:
+        UnknownMethod, BudgetError: If the spec is wrong.
+        UnsupportedModel: If no family serves the model.
+        UnsupportedMethod: If the method cannot run on this model.
+        UnsupportedCall: If the model is compressed already.
+
+    Example:
+        >>> import foveate, foveate.demo
+        >>> model, processor = foveate.demo.load()
+        >>> with foveate.compress(model, "evocut:keep=64") as handle:
+        ...     print(handle)
+        <foveate.Handle 'evocut:keep=64' on LlavaForConditionalGeneration>
+    """
+    built = registry.from_spec(method)
+    family = family_of(model)
+    if _MARK in model.__dict__:
+        raise UnsupportedCall(
+            f"this model is compressed already: {model.__dict__[_MARK]!r}",
+            "call `.remove()` on that handle, or combine methods with foveate.Chain(first, second)",
+        )
+    return Handle(model, built, family)
+
+
+def _split(method: Method, n_layers: int) -> tuple[list[Method], list[Method]]:
+    """Return the parts that act before the LLM and those that act inside it."""
+    prompt, inner = [], []
+    for part in method.parts:
+        sites = part.sites(n_layers)
+        if sites == (0,):
+            prompt.append(part)
+        elif sites and min(sites) >= 1 and max(sites) < n_layers:
+            inner.append(part)
+        else:
+            raise UnsupportedMethod(
+                f"`{part.name}` acts at sites {sites}; allowed are 0 alone, or layers 1..{n_layers - 1} of this model",
+                "make it a chain of parts, one for site 0 and one for the layers",
+            )
+    return prompt, inner
+
+
+def _positions(method: Method, prompt: list[Method], family: Family) -> str:
+    """Return the one position policy of the parts that act before the LLM."""
+    wanted = {
+        part.paper_positions if chosen == "paper" else chosen
+        for part in prompt
+        for chosen in [part.positions if method.positions == "paper" else method.positions]
+    }
+    if len(wanted) > 1:
+        raise UnsupportedMethod(
+            f"the parts of `{registry.to_spec(method)}` want different positions: {', '.join(sorted(wanted))}",
+            'give each the same: positions="original" or positions="packed"',
+        )
+    policy = wanted.pop() if wanted else "original"
+    if policy not in family.positions:
+        raise UnsupportedMethod(
+            f"{family.name} knows only {', '.join(family.positions)} positions, got {policy!r}",
+            f'choose positions="{family.positions[0]}"',
+        )
+    inner = [part for part in method.parts if part not in prompt and part.positions == "packed"]
+    if inner:
+        raise UnsupportedMethod(
+            f"`{inner[0].name}` drops inside the LLM, where keys already carry their original positions",
+            'choose positions="original"',
+        )
+    return policy
+
+
+def _check_evidence(method: Method, family: Family, model: Any) -> None:
+    for part in method.parts:
+        missing = part.needs - family.provides(model)
+        if missing:
+            raise UnsupportedMethod(
+                f"`{part.name}` needs {', '.join(sorted(missing))}, which {family.name} with a "
+                f"{family.tower_type(model)} tower does not provide",
+                "type `foveate methods` to see what each method needs",
+            )

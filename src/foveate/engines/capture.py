@@ -1,0 +1,203 @@
+"""Only the evidence a method declared, read while the model runs: encoder folds and attention taps.
+
+A fold sees each encoder layer's input and output as the layer ends, so at most two layers are alive. A tap sees the
+queries and keys of one attention module and computes the rows that are asked for: no N x N map is ever made.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foveate.core import Method
+from foveate.engines.state import Attachment
+from foveate.families import Family
+
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor | None, float | None], None]
+
+_CHUNK = 128  # query rows per step where many rows are averaged
+
+
+class Record:
+    """What the encoder showed, per encoder forward: folds by the method's place, saliency by layer, keys."""
+
+    def __init__(self) -> None:
+        self.folds: dict[int, Tensor] = {}
+        self.saliency: dict[str, Tensor] = {}
+        self.keys: Tensor | None = None
+
+
+class EncoderCapture:
+    """Listens to the vision encoder for the methods that select before the LLM."""
+
+    def __init__(self, model: Any, family: Family, methods: Sequence[Method], attachment: Attachment) -> None:
+        self._model, self._family = model, family
+        self._local = threading.local()
+        needs = {need for method in methods for need in method.needs}
+        if not needs & {"encoder_fold", "encoder_saliency", "encoder_keys"}:
+            return
+        layers = family.encoder_layers(model)
+        for place, method in enumerate(methods):
+            if "encoder_fold" in method.needs:
+                for transition in method.encoder_layers(len(layers)):
+                    hook = layers[transition - 1].register_forward_hook(self._folder(place, method), with_kwargs=True)
+                    attachment.add(hook.remove)
+        places = {"feature": family.feature_layer(model), "last": len(layers) - 1}
+        wanted = {method.saliency_layer for method in methods if "encoder_saliency" in method.needs}
+        for name in sorted(wanted):
+            tap(layers[places[name]].self_attn, self._saliency(name), attachment)
+        if "encoder_keys" in needs:
+            tap(layers[places["feature"]].self_attn, self._keys, attachment)
+
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Record the encoder passes of this thread."""
+        record = self._local.record = Record()
+        try:
+            yield record
+        finally:
+            self._local.record = None
+
+    @property
+    def _record(self) -> Record | None:
+        return getattr(self._local, "record", None)
+
+    def _folder(self, place: int, method: Method) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            record = self._record
+            if record is None:
+                return
+            before = self._family.rows(self._model, args[0] if args else kwargs["hidden_states"])
+            after = self._family.rows(self._model, output[0] if isinstance(output, tuple) else output)
+            if place in record.folds:
+                record.folds[place] = torch.vmap(method.fold)(record.folds[place], before, after)
+            else:
+                record.folds[place] = torch.vmap(lambda b, a: method.fold(None, b, a))(before, after)
+
+        return hook
+
+    def _saliency(self, name: str) -> Listener:
+        def listen(
+            module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
+        ) -> None:
+            record = self._record
+            if record is None:
+                return
+            if self._family.has_cls(self._model):
+                record.saliency[name] = attention_rows(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mean(1)
+            else:
+                record.saliency[name] = _column_mean(query, key, scaling)
+
+        return listen
+
+    def _keys(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        if self._record is not None:
+            self._record.keys = self._family.rows(self._model, key.mean(1))
+
+
+def _column_mean(query: Tensor, key: Tensor, scaling: float | None) -> Float[Tensor, "b n"]:
+    """Mean over heads and queries of the attention each patch receives, chunk by chunk."""
+    total = sum(attention_rows(q, key, scaling, None).sum((1, 2)) for q in query.split(_CHUNK, dim=2))
+    assert isinstance(total, Tensor)
+    return total / (query.shape[1] * query.shape[2])
+
+
+def attention_rows(
+    query: Float[Tensor, "b h r d"],
+    key: Float[Tensor, "b k s d"],
+    scaling: float | None,
+    allowed: Bool[Tensor, "..."] | None,
+) -> Float[Tensor, "b h r s"]:
+    """Softmax of some query rows against all keys, in float32; grouped queries without repeating keys.
+
+    Args:
+        query: The rows that are asked for, after rotary embedding.
+        key: All keys; the number of query heads is a multiple of theirs.
+        scaling: Factor on the scores; None = 1 / sqrt(d).
+        allowed: Broadcastable to [b, h, r, s]; False = the row cannot see this key.
+    """
+    b, h, r, d = query.shape
+    k, s = key.shape[1], key.shape[2]
+    grouped = query.reshape(b, k, h // k, r, d).float()
+    scores = torch.einsum("bkgrd,bksd->bkgrs", grouped, key.float()).reshape(b, h, r, s)
+    scores = scores * (d**-0.5 if scaling is None else scaling)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(-1)
+
+
+def text_and_visual_mass(
+    query: Float[Tensor, "h s d"],
+    key: Float[Tensor, "k s d"],
+    scaling: float | None,
+    valid: Bool[Tensor, " s"] | None,
+    text: Int[Tensor, " t"],
+    visual: Int[Tensor, " n"],
+) -> tuple[Float[Tensor, "t n"], Float[Tensor, " n"]]:
+    """Attention from text to visual tokens and from visual tokens to text, in one causal decoder layer, one prompt.
+
+    Returns:
+        The head-mean rows of the text queries at the visual columns, and for each visual query the head-mean
+        probability it puts on the text columns (zero for text that comes later, which it cannot see).
+    """
+    columns = torch.arange(key.shape[1], device=key.device)
+
+    def rows(positions: Tensor) -> Tensor:
+        allowed = columns <= positions[:, None]
+        if valid is not None:
+            allowed = allowed & valid
+        return attention_rows(query[None, :, positions], key[None], scaling, allowed)[0].mean(0)
+
+    relevance = rows(text)[:, visual]
+    mass = torch.cat([rows(chunk)[:, text].sum(1) for chunk in visual.split(_CHUNK)])
+    return relevance, mass
+
+
+def tap(module: nn.Module, listen: Listener, attachment: Attachment) -> None:
+    """Let ``listen`` see the queries and keys of one attention module, which keeps running its own kernel.
+
+    Only this module's ``config`` is replaced, by a shallow copy under a private attention name: masks are made from
+    the model's own config, and every other layer sees it untouched.
+    """
+    original = module.config
+    implementation = original._attn_implementation  # type: ignore[union-attr]
+    name = f"foveate_tap::{implementation}@{id(module)}.{id(attachment)}"
+    outer = ALL_ATTENTION_FUNCTIONS.get(implementation)
+
+    def attention(
+        inner: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        listen(inner, query, key, attention_mask, kwargs.get("scaling"))
+        kernel = outer or sys.modules[type(inner).__module__].eager_attention_forward
+        return kernel(_AsWas(inner, original), query, key, value, attention_mask, *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    config = copy.copy(original)
+    config._attn_implementation_internal = name  # type: ignore[union-attr]
+    module.config = config
+
+    def undo() -> None:
+        module.config = original
+        AttentionInterface._global_mapping.pop(name, None)
+
+    attachment.add(undo)
+
+
+class _AsWas:
+    """A module with its own config: flash kernels read the name of the implementation from it again."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -1,0 +1,381 @@
+"""Sites >= 1: tokens leave between decoder layers, by pre-hooks on the layers of this instance.
+
+Before layer k the hook gathers the hidden states of the tokens that stay; for every later layer it replaces the mask
+and the rotary embeddings, which the model's loop goes on passing at full length. Layer 0 always runs at full length:
+its cache is what ``generate`` counts by. What the decode steps need rides on the cache object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from foveate.core import Evidence, Method, Selection, select_all
+from foveate.engines import sequence
+from foveate.engines.capture import tap, text_and_visual_mass
+from foveate.engines.sequence import Layout, Plan
+from foveate.engines.state import Attachment, Frame, Frames, Stage
+from foveate.errors import NothingCompressed, UnsupportedCall
+from foveate.families import Family
+
+_PLANS = "_foveate_plans"
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """One drop: from layer ``first`` on, only the columns of ``plan`` are left of the first ``length`` ones."""
+
+    first: int
+    plan: Plan
+    length: int
+
+
+@dataclass
+class Call:
+    """One forward of the language model.
+
+    Args:
+        frame: Set during prefill with pictures, else None.
+        layout: The frame's layout for the batch as it is here (beams repeat rows).
+        columns: Tokens of this call per row, before any drop.
+        mask: The 2-D mask of all tokens so far, if the caller has one.
+        cuttings: Drops that this call's layers must honour; prefill adds to them.
+        alive: Per span of the layout, which of its tokens are alive.
+        previous: Hidden states one layer before a site, by site.
+        attention: Text-to-visual relevance and visual-to-text mass by site and unit.
+        memo: Masks and embeddings made once per drop.
+    """
+
+    frame: Frame | None
+    layout: Layout | None
+    columns: int
+    mask: Tensor | None
+    cuttings: list[Cutting]
+    alive: list[Tensor] = field(default_factory=list)
+    previous: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def prefill(self) -> bool:
+        return self.frame is not None
+
+
+class DecoderPart:
+    """Hooks on one language model, for methods that drop inside it."""
+
+    def __init__(
+        self, model: Any, family: Family, methods: Sequence[Method], frames: Frames, attachment: Attachment
+    ) -> None:
+        self._frames = frames
+        self._decoder, self._layers = family.decoder(model), family.layers(model)
+        self._config = self._decoder.config
+        self._depth = len(self._layers)
+        self._local = threading.local()
+        self._at: dict[int, list[Method]] = {}
+        for method in methods:
+            for site in method.sites(self._depth):
+                self._at.setdefault(site, []).append(method)
+        attachment.wrap(self._decoder, "forward", self._wrap(self._decoder.forward))
+        wanted = {site: {need for m in here for need in m.needs} for site, here in self._at.items()}
+        self._before = {site - 1 for site, needs in wanted.items() if "previous" in needs}
+        for index in range(min([*self._at, *self._before], default=self._depth), self._depth):
+            hook = self._layers[index].register_forward_pre_hook(
+                partial(self._on_layer, index), with_kwargs=True, prepend=True
+            )
+            attachment.add(hook.remove)
+        for site, needs in wanted.items():
+            if needs & {"relevance", "text_mass"}:
+                tap(self._layers[site - 1].self_attn, partial(self._on_attention, site), attachment)
+
+    # -- per call
+
+    @property
+    def _call(self) -> Call | None:
+        stack = getattr(self._local, "stack", None)
+        call: Call | None = stack[-1] if stack else None
+        return call
+
+    @contextmanager
+    def _entered(self, call: Call | None) -> Any:
+        stack = self._local.__dict__.setdefault("stack", [])
+        stack.append(call)
+        try:
+            yield
+        finally:
+            stack.pop()
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = self._open(kwargs)
+            with self._entered(call):
+                return original(*args, **kwargs)
+
+        return forward
+
+    def _open(self, kwargs: dict[str, Any]) -> Call | None:
+        frame, cache = self._frames.top, kwargs.get("past_key_values")
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        past = 0 if cache is None else cache.get_seq_length()
+        empty = cache is None or not bool(past)
+        if empty and cache is not None and hasattr(cache, _PLANS):
+            delattr(cache, _PLANS)
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if frame is None or not frame.images or not empty or embeds is None:
+            cuttings = [] if cache is None or empty else getattr(cache, _PLANS, [])
+            return Call(None, None, 0, mask, cuttings) if cuttings else None
+        if embeds.shape[1] < frame.layout.length:
+            raise UnsupportedCall(
+                f"the prompt arrives in chunks ({embeds.shape[1]} of {frame.layout.length} tokens), and tokens that "
+                "leave inside the LLM must be seen together",
+                "leave out prefill_chunk_size, or use a method that selects before the LLM",
+            )
+        for seen in frame.images:  # without a cache every step reads the prompt again, and selects again
+            seen.stages = [stage for stage in seen.stages if stage.site == 0]
+        layout = frame.layout.expand(len(embeds))
+        alive = [torch.arange(len(span.positions), device=embeds.device) for span in layout.spans]
+        return Call(frame, layout, embeds.shape[1], mask, [], alive)
+
+    # -- hooks
+
+    def _on_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self._call
+        if call is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if call.prefill and index in self._at:
+            hidden = self._drop(call, index, hidden, kwargs.get("past_key_values"))
+        if call.prefill and index in self._before:
+            call.previous[index + 1] = hidden
+        cutting = next((c for c in reversed(call.cuttings) if c.first <= index), None)
+        if cutting is None:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        kwargs["position_ids"] = None  # already in the rotary embeddings; gaps look like packing to flash attention
+        if call.prefill:
+            if hidden.shape[1] != cutting.plan.index.shape[1]:
+                raise NothingCompressed(
+                    f"decoder layer {index} got {hidden.shape[1]} rows where {cutting.plan.index.shape[1]} are alive"
+                )
+            kwargs["position_embeddings"] = self._rotary(call, cutting, kwargs["position_embeddings"])
+            kwargs["attention_mask"] = self._prefill_mask(call, cutting, hidden, kwargs.get("attention_mask"), index)
+        else:
+            kwargs["attention_mask"] = self._decode_mask(call, cutting, hidden, kwargs.get("past_key_values"), index)
+        return (hidden,), kwargs
+
+    def _on_attention(
+        self, site: int, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> None:
+        call = self._call
+        if call is None or not call.prefill:
+            return
+        plan, columns = self._plan(call), query.shape[2]
+        call.attention[site] = []
+        for unit in self._units(call, "prompt"):
+            row, visual, text = self._columns(call, unit)
+            valid = self._valid(call, plan, row, columns)
+            call.attention[site].append(
+                text_and_visual_mass(query[row], key[row, :, :columns], scaling, valid, text, visual)
+            )
+
+    # -- dropping
+
+    def _drop(self, call: Call, site: int, hidden: Tensor, cache: Any) -> Tensor:
+        assert call.frame is not None and call.layout is not None
+        before = [len(alive) for alive in call.alive]
+        with call.frame.clock.section("select"):
+            for method in self._at[site]:
+                self._select(call, method, site, hidden)
+        call.frame.pending.discard(site)
+        if [len(alive) for alive in call.alive] == before:
+            return hidden
+        layout, device = call.layout, hidden.device
+        kept = [span.positions.to(device)[alive] for span, alive in zip(layout.spans, call.alive, strict=True)]
+        tail = torch.arange(layout.length, call.columns, device=device)
+        text = [torch.cat([row.to(device), tail]) for row in layout.text]
+        plan = sequence.make_plan(sequence.merge_rows(text, layout.spans, kept))
+        earlier = self._plan(call)
+        columns = plan.index if earlier is None else plan.within(earlier, call.columns)
+        call.cuttings.append(Cutting(site, plan, call.columns))
+        if cache is not None:
+            setattr(cache, _PLANS, list(call.cuttings))
+        return sequence.take(hidden, columns, 1)
+
+    def _select(self, call: Call, method: Method, site: int, hidden: Tensor) -> None:
+        assert call.frame is not None and call.layout is not None
+        units = [unit for unit in self._units(call, method.scope) if sum(len(call.alive[i]) for i in unit)]
+        evidences = [self._evidence(call, method, site, unit, hidden) for unit in units]
+        for unit, evidence, selection in zip(units, evidences, select_all(method, evidences, site), strict=True):
+            keep = selection.keep if selection.stay is None else selection.keep[selection.stay]
+            start = 0
+            for i in unit:
+                size = len(call.alive[i])
+                mine = keep - start if len(unit) == 1 else keep[(keep >= start) & (keep < start + size)] - start
+                self._record(call, method, site, i, mine, _part(selection, start, size))
+                call.alive[i] = call.alive[i][mine]
+                start += size
+            assert start == evidence.n
+
+    def _record(self, call: Call, method: Method, site: int, index: int, keep: Tensor, selection: Selection) -> None:
+        """Note what happened to one image, once however many beams repeat its row."""
+        assert call.frame is not None and call.layout is not None
+        span = call.layout.spans[index]
+        copies = len(call.layout.text) // call.frame.layout.batch
+        if span.row % copies:
+            return
+        seen = call.frame.images[span.source]
+        alive = seen.origin[call.alive[index].to(seen.origin.device)]
+        kept = alive[keep.to(alive.device)]
+        seen.stages.append(Stage(site, method.name, alive, kept, selection))
+
+    def _evidence(self, call: Call, method: Method, site: int, unit: Sequence[int], hidden: Tensor) -> Evidence:
+        assert call.frame is not None and call.layout is not None
+        row, visual, _ = self._columns(call, unit)
+        seen = [call.frame.images[call.layout.spans[i].source] for i in unit]
+        first = seen[0].evidence
+        rows = [s.evidence.features[call.alive[i]] for i, s in zip(unit, seen, strict=True)]
+        where = [s.evidence.coordinates[call.alive[i]] for i, s in zip(unit, seen, strict=True)]
+        extra: dict[str, Any] = {}
+        if "hidden" in method.needs:
+            extra["hidden"] = hidden[row, visual]
+        if "previous" in method.needs:
+            extra["previous"] = call.previous[site][row, visual]
+        if method.needs & {"relevance", "text_mass"}:
+            extra["relevance"], extra["text_mass"] = self._attention(call, site, unit)
+        return Evidence(
+            grid=first.grid,
+            coordinates=torch.cat(where),
+            features=torch.cat(rows),
+            total=sum(s.evidence.total for s in seen),
+            depth=self._depth,
+            seed=first.seed,
+            **extra,
+        )
+
+    def _attention(self, call: Call, site: int, unit: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What the tap saw of a unit; it looks at whole prompts, so one image is a slice of its prompt's columns."""
+        for prompt, (relevance, mass) in zip(self._units(call, "prompt"), call.attention[site], strict=True):
+            if set(unit) <= set(prompt):
+                start = sum(len(call.alive[i]) for i in prompt[: prompt.index(unit[0])])
+                stop = start + sum(len(call.alive[i]) for i in unit)
+                return relevance[:, start:stop], mass[start:stop]
+        raise AssertionError("every image belongs to a prompt")
+
+    # -- where things are
+
+    def _units(self, call: Call, scope: str) -> list[list[int]]:
+        """The spans that are judged together."""
+        assert call.layout is not None
+        if scope == "image":
+            return [[i] for i in range(len(call.layout.spans))]
+        rows: dict[int, list[int]] = {}
+        for i, span in enumerate(call.layout.spans):
+            rows.setdefault(span.row, []).append(i)
+        return list(rows.values())
+
+    def _columns(self, call: Call, unit: Sequence[int]) -> tuple[int, Tensor, Tensor]:
+        """Row of a unit, columns of its tokens, and of the prompt text after its first image, as they stand now."""
+        assert call.layout is not None
+        spans = [call.layout.spans[i] for i in unit]
+        row, device = spans[0].row, call.alive[unit[0]].device
+        visual = torch.cat([s.positions.to(device)[call.alive[i]] for s, i in zip(spans, unit, strict=True)])
+        text = call.layout.text_after(spans[0]).to(device)
+        plan = self._plan(call)
+        if plan is None:
+            return row, visual, text
+        both = torch.searchsorted(self._sorted(plan, row), torch.cat([visual, text]))
+        offset = 0 if plan.valid is None else plan.index.shape[1] - plan.valid[row].sum()
+        visual, text = (both + offset).split([len(visual), len(text)])
+        return row, visual, text
+
+    @staticmethod
+    def _sorted(plan: Plan, row: int) -> Tensor:
+        index = plan.index[row]
+        return index if plan.valid is None else index[plan.valid[row]]
+
+    @staticmethod
+    def _plan(call: Call) -> Plan | None:
+        return call.cuttings[-1].plan if call.cuttings else None
+
+    @staticmethod
+    def _valid(call: Call, plan: Plan | None, row: int, columns: int) -> Tensor | None:
+        if plan is not None:
+            return None if plan.valid is None else plan.valid[row]
+        return None if call.mask is None else call.mask[row, :columns].bool()
+
+    # -- what the layers get
+
+    def _rotary(self, call: Call, cutting: Cutting, embeddings: Any) -> Any:
+        key = ("rotary", cutting.first, id(embeddings))
+        if key not in call.memo:  # the embeddings ride along, so that their id stays theirs
+            taken = tuple(sequence.take(e, cutting.plan.index, e.dim() - 2) for e in embeddings)
+            call.memo[key] = (embeddings, taken)
+        return call.memo[key][1]
+
+    def _prefill_mask(self, call: Call, cutting: Cutting, hidden: Tensor, mask: Any, index: int) -> Any:
+        key = ("prefill", cutting.first, id(mask))
+        if key not in call.memo:
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                made: Any = sequence.take_mask(mask, cutting.plan)
+            else:
+                made = create_causal_mask(self._config, hidden, cutting.plan.valid, None, layer_idx=index)
+            call.memo[key] = (mask, made)
+        return call.memo[key][1]
+
+    def _decode_mask(self, call: Call, cutting: Cutting, hidden: Tensor, cache: Any, index: int) -> Any:
+        """The mask of THIS layer's survivors: the model's own is made for layer 0."""
+        key = ("decode", cutting.first)
+        if key not in call.memo:
+            valid, mask = cutting.plan.valid, call.mask
+            both = None
+            if valid is not None or mask is not None:
+                if valid is None:
+                    valid = torch.ones_like(cutting.plan.index, dtype=torch.bool)
+                if mask is None:
+                    total = int(cache.get_seq_length(index)) + hidden.shape[1]
+                    tail = valid.new_ones(len(valid), total - valid.shape[1])
+                else:
+                    tail = mask[:, cutting.length :].bool()
+                both = torch.cat([valid.to(hidden.device), tail.to(hidden.device)], 1)
+            call.memo[key] = create_causal_mask(self._config, hidden, both, cache, layer_idx=index)
+        return call.memo[key]
+
+
+def _part(selection: Selection, start: int, size: int) -> Selection:
+    """The part of a prompt's selection that speaks of one image; for the report."""
+    scores = selection.scores
+    return dataclasses.replace(selection, scores=None if scores is None else scores[start : start + size])
+
+
+def guard_gaps(decoder: nn.Module, layers: nn.ModuleList, attachment: Attachment) -> None:
+    """Keep transformers from taking gaps in the position ids for several prompts packed into one row.
+
+    Without a mask and a cache it would cut attention at each gap, and flash attention looks at them in every layer:
+    so there is always a mask, and the layers see no position ids (the rotary embeddings hold them already).
+    """
+    original = decoder.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+        if bare and kwargs.get("position_ids") is not None and kwargs.get("inputs_embeds") is not None:
+            embeds = kwargs["inputs_embeds"]
+            kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return original(*args, **kwargs)
+
+    def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "position_ids": None}
+
+    attachment.wrap(decoder, "forward", forward)
+    for layer in layers:
+        attachment.add(layer.register_forward_pre_hook(hide, with_kwargs=True).remove)

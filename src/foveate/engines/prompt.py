@@ -1,0 +1,398 @@
+"""Site 0: the prompt is shortened outside the model, and the stock ``generate`` runs on an ordinary, shorter prompt.
+
+The encoder runs once here; the features of the tokens that stay go in as ``mm_encoder_outputs``; the caller's own
+prompt is put back in front of the answer. Methods that act only inside the LLM pass through here too: nothing is cut,
+but the frame tells the decoder part where each image is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core import Evidence, Method, Selection, select_all
+from foveate.engines import sequence
+from foveate.engines.capture import EncoderCapture, Record
+from foveate.engines.sequence import Layout, Plan
+from foveate.engines.state import Attachment, Clock, Frame, Frames, Seen, Stage, bind
+from foveate.errors import NothingCompressed, UnsupportedCall
+from foveate.families import Family
+
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+_TURN = "_foveate_turn"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a cache remembers of the prompt that filled it, so that the next turn is cut alike."""
+
+    ids: Tensor
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A call's arguments with a shorter prompt.
+
+    Args:
+        arguments: What the model gets.
+        ids: The prompt as the caller passed it.
+        frame: None when the pictures are already in the cache.
+        turn: What the cache must remember; None when nothing was cut.
+    """
+
+    arguments: dict[str, Any]
+    ids: Tensor
+    frame: Frame | None
+    turn: Turn | None
+
+    @property
+    def removed(self) -> int:
+        """Columns by which the prompt became shorter."""
+        return self.ids.shape[1] - int(self.arguments["input_ids"].shape[1])
+
+
+class PromptPart:
+    """Wraps ``generate`` and ``forward`` of one model instance."""
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        methods: Sequence[Method],
+        inner_sites: frozenset[int],
+        positions: str,
+        frames: Frames,
+        finished: Callable[[Frame], None],
+        attachment: Attachment,
+    ) -> None:
+        self._model, self._family, self._methods = model, family, tuple(methods)
+        self._inner_sites, self._positions = inner_sites, positions
+        self._frames, self._finished = frames, finished
+        self._depth = len(family.layers(model))
+        self._capture = EncoderCapture(model, family, methods, attachment)
+        self._generate_signature = inspect.signature(model.generate)
+        attachment.wrap(model, "generate", self._wrap_generate(model.generate))
+        for module in dict.fromkeys((model, family.base(model))):
+            attachment.wrap(module, "forward", self._wrap_forward(module.forward))
+
+    # -- the two doors
+
+    def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        @torch.no_grad()
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            arguments = bind(self._generate_signature, args, kwargs)
+            if "inputs" in arguments:
+                arguments["input_ids"] = arguments.pop("inputs")
+            cut = None if self._frames.inside else self.cut(arguments)
+            if cut is None:
+                with self._frames.entered(None):
+                    return original(**arguments)
+            self._shorten_lengths(cut)
+            if cut.removed and cut.arguments.get("streamer") is not None:
+                cut.arguments["streamer"] = _PromptFirst(cut.arguments["streamer"], cut.ids)
+            with self._frames.entered(cut.frame):
+                output = original(**cut.arguments)
+            self._close(cut, output)
+            return _with_prompt(output, cut)
+
+        return generate
+
+    def _wrap_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._frames.inside:
+                return original(*args, **kwargs)
+            cut = self.cut(bind(signature, args, kwargs))
+            with self._frames.entered(None if cut is None else cut.frame):
+                if cut is None:
+                    return original(*args, **kwargs)
+                output = original(**cut.arguments)
+            self._close(cut, output)
+            return output
+
+        return forward
+
+    def _close(self, cut: Cut, output: Any) -> None:
+        """Check that what should have left has left, tell the handle, and leave the turn on the cache."""
+        if cut.frame is not None:
+            if cut.frame.pending:
+                raise NothingCompressed(
+                    f"tokens should have left before layers {sorted(cut.frame.pending)} and the layers never ran",
+                    "call the model itself, not a compiled or replaced copy of its decoder",
+                )
+            self._finished(cut.frame)
+        cache = cut.arguments.get("past_key_values")
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        if cut.turn is not None and cache is not None:
+            setattr(cache, _TURN, cut.turn)
+
+    def _shorten_lengths(self, cut: Cut) -> None:
+        """Lengths that count the prompt count the caller's prompt: translate them."""
+        if not cut.removed:
+            return
+        config = cut.arguments.get("generation_config") or self._model.generation_config
+        for name in ("max_length", "min_length"):
+            value = cut.arguments.get(name)
+            value = getattr(config, name, None) if value is None else value
+            if value:
+                cut.arguments[name] = max(0, value - cut.removed)
+
+    # -- the cut
+
+    def cut(self, arguments: Mapping[str, Any]) -> Cut | None:
+        """Return the call with a shorter prompt, or None when it is none of our business.
+
+        Raises:
+            UnsupportedCall: If the call asks for something that compression cannot honour.
+        """
+        media = [m for m, name in self._family.media_arguments.items() if arguments.get(name) is not None]
+        cache = arguments.get("past_key_values")
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        turn = getattr(cache, _TURN, None) if filled else None
+        if filled and turn is not None:
+            return self._next_turn(arguments, turn)
+        ready = arguments.get("mm_encoder_outputs") or {}
+        if any(output is not None for output in ready.values()):
+            raise UnsupportedCall(
+                "ready-made `mm_encoder_outputs` were passed, which show nothing of the encoder",
+                "pass pixel_values, or leave the `with` block for this call",
+            )
+        if not media:
+            return None
+        if filled:
+            if self._new_visual_tokens(arguments["input_ids"], int(cache.get_seq_length())):
+                raise UnsupportedCall(
+                    "a picture was passed with a cache that is not empty", "start a new cache for a new picture"
+                )
+            return None
+        if arguments.get("labels") is not None:
+            raise UnsupportedCall(
+                "`labels` have one entry per token of the full prompt, and the compressed prompt is shorter",
+                "compute the loss without compression, or from the returned logits of the answer",
+            )
+        if arguments.get("input_ids") is None:
+            raise UnsupportedCall("`inputs_embeds` hide where the visual tokens are", "pass input_ids and pixel_values")
+        return self._first_turn(arguments, media)
+
+    def _first_turn(self, arguments: Mapping[str, Any], media: Sequence[str]) -> Cut:
+        ids = arguments["input_ids"]
+        mask = arguments.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        clock = Clock(ids.device)
+        outputs: dict[str, Any] = {}
+        taken: set[str] = set()
+        with self._capture.recording() as record, self._frames.entered(None), clock.section("encode"):
+            for modality in media:
+                outputs[modality], used = self._family.encode(self._model, modality, arguments)
+                taken |= used
+        features = {modality: self._family.features(output) for modality, output in outputs.items()}
+        sizes = {modality: [len(f) for f in each] for modality, each in features.items()}
+        tokens = {modality: self._family.token_id(self._model, modality) for modality in media}
+        layout = sequence.find(ids, mask, tokens, sizes)
+        images = self._see(layout, ids, features, record, arguments)
+        with clock.section("select"):
+            selections = self._select(images, features, record)
+        chosen = [selection if selection is None else selection.keep for selection in selections]
+        keeps = [torch.arange(seen.tokens) if k is None else k for seen, k in zip(images, chosen, strict=True)]
+        whole = all(len(keep) == seen.tokens for keep, seen in zip(keeps, images, strict=True))
+        frame = Frame(layout, images, clock, tuple(mask.sum(1).tolist()), set(self._inner_sites) if images else set())
+        rest = {name: value for name, value in arguments.items() if name not in taken}
+        for modality, output in outputs.items():
+            mine = [images[span.source].evidence.features for span in _by_number(layout, modality)]
+            rest.setdefault("mm_encoder_outputs", {})
+            rest["mm_encoder_outputs"] = {
+                **(rest["mm_encoder_outputs"] or {}),
+                modality: self._family.with_features(output, mine),
+            }
+        if whole:
+            return Cut(rest, ids, frame, None)
+        frame.layout, plan = layout.shortened(keeps)
+        plan = plan.to(ids.device)
+        rest.update(self._short(rest, ids, mask, plan))
+        return Cut(rest, ids, frame, Turn(ids, plan))
+
+    def _next_turn(self, arguments: Mapping[str, Any], turn: Turn) -> Cut | None:
+        """The pictures are in the cache already: cut the same positions again."""
+        ids, seen = arguments.get("input_ids"), turn.ids.shape[1]
+        mask = arguments.get("attention_mask")
+        rest = {n: v for n, v in arguments.items() if n not in self._family.media_arguments.values()}
+        if ids is None:
+            raise UnsupportedCall("a later turn needs `input_ids`, to tell what is in the cache already")
+        if len(ids) != len(turn.ids):
+            raise UnsupportedCall(f"the cache holds {len(turn.ids)} prompts, this call brings {len(ids)}")
+        if ids.shape[1] < seen:
+            return self._next_tokens(rest, ids, mask, turn)
+        if not torch.equal(ids[:, :seen].to(turn.ids.device), turn.ids):
+            raise UnsupportedCall(
+                "the prompt does not begin with the one in the cache",
+                "pass the whole conversation, beginning with the first prompt as it was, or start a new cache",
+            )
+        if self._new_visual_tokens(ids, seen):
+            raise UnsupportedCall("a picture was added to a cache that is not empty", "start a new cache for it")
+        mask = torch.ones_like(ids) if mask is None else mask
+        tail = torch.arange(seen, ids.shape[1], device=ids.device).expand(len(ids), -1)
+        valid = turn.plan.valid
+        plan = Plan(
+            torch.cat([turn.plan.index, tail], 1),
+            None if valid is None else torch.cat([valid, torch.ones_like(tail, dtype=torch.bool)], 1),
+        )
+        rest.update(self._short(rest, ids, mask, plan))
+        return Cut(rest, ids, None, turn)
+
+    def _next_tokens(self, rest: dict[str, Any], ids: Tensor, mask: Tensor | None, turn: Turn) -> Cut | None:
+        """Only new tokens, as a decoding loop of one's own passes them: shorten what speaks of the whole prompt."""
+        if mask is not None and mask.shape[1] >= turn.ids.shape[1] + ids.shape[1]:
+            seen = turn.ids.shape[1]
+            long = mask
+            head = sequence.take(mask[:, :seen], turn.plan.index, 1)
+            if turn.plan.valid is not None:
+                head = head * turn.plan.valid.to(head.dtype)
+            rest["attention_mask"] = mask = torch.cat([head, mask[:, seen:]], 1)
+            counted = long if self._positions == "original" else mask
+            rest["position_ids"] = _positions(counted)[:, -ids.shape[1] :]
+        elif mask is None and self._positions == "original":
+            raise UnsupportedCall("original positions cannot be continued without the attention_mask of all tokens")
+        return Cut(rest, ids, None, turn)
+
+    def _short(self, arguments: Mapping[str, Any], ids: Tensor, mask: Tensor, plan: Plan) -> dict[str, Any]:
+        """Return everything that has one entry per token of the prompt, cut by the plan."""
+        config = self._model.config.get_text_config()
+        short = sequence.take(ids, plan.index, 1)
+        new_mask = sequence.take(mask, plan.index, 1)
+        if plan.valid is not None:
+            short = short.masked_fill(~plan.valid, config.pad_token_id or 0)
+            new_mask = new_mask * plan.valid.to(new_mask.dtype)
+        out: dict[str, Any] = {"input_ids": short, "attention_mask": new_mask}
+        given = arguments.get("position_ids")
+        if self._positions == "original":
+            given = _positions(mask) if given is None else given
+            out["position_ids"] = sequence.take(given, plan.index, given.dim() - 1)
+        elif given is not None:
+            raise UnsupportedCall(
+                "`position_ids` were passed, and this method renumbers the tokens that stay",
+                'leave them out, or choose positions="original"',
+            )
+        for name in _PER_TOKEN:
+            if arguments.get(name) is not None:
+                out[name] = sequence.take(arguments[name], plan.index, 1)
+        return out
+
+    # -- evidence and selection
+
+    def _see(
+        self, layout: Layout, ids: Tensor, features: Mapping[str, list[Tensor]], record: Record, arguments: Any
+    ) -> list[Seen]:
+        needs = {need for method in self._methods for need in method.needs}
+        embed = self._model.get_input_embeddings()
+        images = []
+        for span in layout.spans:
+            feature = features[span.modality][span.number]
+            grid = self._family.grid(self._model, feature, span.number, arguments)
+            extra: dict[str, Any] = {}
+            if "text" in needs:
+                after = layout.text_after(span).to(ids.device)
+                extra["text"] = embed(ids[span.row, after])
+            if "seed" in needs:
+                prompt = ids[span.row].cpu()[layout.text[span.row]]
+                number = zlib.crc32(prompt.numpy().tobytes(), int(span.positions[0] - layout.text[span.row][0]))
+                extra["seed"] = torch.tensor(number, device=feature.device)
+            evidence = Evidence(
+                grid=grid,
+                coordinates=self._family.coordinates(grid, feature),
+                features=feature,
+                total=len(feature),
+                depth=self._depth,
+                crops=self._family.crops(grid),
+                **extra,
+            )
+            origin = torch.arange(len(feature), device=feature.device)
+            images.append(Seen(span.row, span.modality, span.number, len(feature), evidence, origin))
+        return images
+
+    def _select(
+        self, images: Sequence[Seen], features: Mapping[str, list[Tensor]], record: Record
+    ) -> list[Selection | None]:
+        """Run the methods of site 0 in order; each sees what the one before left."""
+        done: list[Selection | None] = [None] * len(images)
+        for place, method in enumerate(self._methods):
+            captured = self._captured(place, method, features, record)
+            evidences = []
+            for seen in images:
+                rows = {name: values[seen.number][seen.origin] for name, values in captured.items()}
+                evidences.append(dataclasses.replace(seen.evidence, **rows))
+            for i, selection in enumerate(select_all(method, evidences, 0)):
+                seen, keep = images[i], selection.keep
+                keep = keep if selection.stay is None else keep[selection.stay]
+                seen.stages.append(Stage(0, method.name, seen.origin, seen.origin[keep], selection))
+                seen.origin = seen.origin[keep]
+                seen.evidence = seen.evidence.subset(dataclasses.replace(selection, keep=keep))
+                done[i] = dataclasses.replace(selection, keep=seen.origin)
+        for seen in images:
+            seen.evidence = dataclasses.replace(seen.evidence, total=len(seen.origin))
+        return done
+
+    def _captured(
+        self, place: int, method: Method, features: Mapping[str, list[Tensor]], record: Record
+    ) -> dict[str, list[Tensor]]:
+        values: dict[str, Tensor | None] = {
+            "encoder_fold": record.folds.get(place),
+            "encoder_saliency": record.saliency.get(method.saliency_layer),
+            "encoder_keys": record.keys,
+        }
+        return {
+            name: self._family.tokens(self._model, value, features["image"])
+            for name, value in values.items()
+            if value is not None and name in method.needs
+        }
+
+    def _new_visual_tokens(self, ids: Tensor, start: int) -> bool:
+        visual = [self._family.token_id(self._model, modality) for modality in self._family.media_arguments]
+        return bool(torch.isin(ids[:, start:], torch.tensor(visual, device=ids.device)).any())
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Positions as ``generate`` counts them: the number of real tokens before each one."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _by_number(layout: Layout, modality: str) -> list[Any]:
+    return sorted((span for span in layout.spans if span.modality == modality), key=lambda span: span.number)
+
+
+def _with_prompt(output: Any, cut: Cut) -> Any:
+    """Put the caller's prompt back in front of the answer."""
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    prompt = cut.ids.repeat_interleave(len(sequences) // len(cut.ids), 0).to(sequences.device)
+    whole = torch.cat([prompt, sequences[:, cut.arguments["input_ids"].shape[1] :]], 1)
+    if isinstance(output, Tensor):
+        return whole
+    output.sequences = whole
+    return output
+
+
+class _PromptFirst:
+    """A streamer that is shown the caller's prompt instead of the short one."""
+
+    def __init__(self, streamer: Any, ids: Tensor) -> None:
+        self._streamer, self._prompt = streamer, ids
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt is not None:
+            value, self._prompt = self._prompt.cpu(), None  # type: ignore[assignment]
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
