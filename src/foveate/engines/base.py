@@ -28,7 +28,7 @@ class Handle:
         self._calls = 0
         layers = family.layers(model)
         prompt, inner = _split(method, len(layers))
-        positions = _positions(method, prompt, family)
+        self.positions = positions = _positions(method, prompt, family)
         _check_evidence(method, family, model)
         if inner:
             family.check_layers(model)

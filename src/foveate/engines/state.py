@@ -165,8 +165,8 @@ def _stage_report(stage: Stage) -> StageReport:
         method=stage.method,
         kept=tuple(stage.kept.tolist()),
         candidates=tuple(stage.candidates.tolist()),
-        scores=None if scores is None else tuple(scores.tolist()),
-        measures={name: float(value) for name, value in stage.selection.measures.items()},
+        scores=None if scores is None else tuple(scores.detach().tolist()),
+        measures={name: float(value.detach()) for name, value in stage.selection.measures.items()},
     )
 
 

@@ -63,13 +63,10 @@ class ToDREExit(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (0.0 < self.exit <= 1.0 and 0.0 <= self.tau <= 1.0):
-            got = f"got exit={self.exit}, tau={self.tau}"
-            raise BudgetError(f"exit must be in (0, 1] and tau in [0, 1], {got}", "the paper has exit=0.875, tau=0.1")
+            raise BudgetError(f"exit is in (0, 1], tau in [0, 1]; got {self.exit}, {self.tau}", "exit=0.875, tau=0.1")
 
     def sites(self, n_layers: int) -> tuple[int, ...]:
-        if n_layers < 2:
-            raise BudgetError(f"an exit needs at least 2 decoder layers, got {n_layers}", "exit=none turns it off")
-        return (min(math.floor(self.exit * n_layers + 1e-9), n_layers - 2) + 1,)
+        return (max(1, min(math.floor(self.exit * n_layers + 1e-9), n_layers - 2) + 1),)
 
     def select(self, evidence: Evidence, site: int) -> Selection:
         relevance, to_text = evidence.require("relevance").float(), evidence.require("text_mass").float()
@@ -127,7 +124,7 @@ class ToDRE(Composite):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.parts  # building them checks the options
+        _ = self.parts  # building them checks the options
 
     @cached_property
     def parts(self) -> tuple[Method, ...]:
