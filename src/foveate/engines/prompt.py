@@ -144,11 +144,15 @@ class PromptPart:
         if not cut.removed:
             return
         config = cut.arguments.get("generation_config") or self._model.generation_config
-        for name in ("max_length", "min_length"):
+
+        def asked(name: str) -> Any:
             value = cut.arguments.get(name)
-            value = getattr(config, name, None) if value is None else value
-            if value:
-                cut.arguments[name] = max(0, value - cut.removed)
+            return getattr(config, name, None) if value is None else value
+
+        for bound in ("max", "min"):
+            length = asked(f"{bound}_length")
+            if length and asked(f"{bound}_new_tokens") is None:
+                cut.arguments[f"{bound}_length"] = max(0, length - cut.removed)
 
     # -- the cut
 

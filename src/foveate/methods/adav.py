@@ -27,8 +27,8 @@ class AdaV(PromptMethod):
     Paper: AdaV, Findings of ACL 2025, 258; equations from the released code (JiayiV/AdaV, ``llava_llama.py``).
 
     Idea: One list ranks tokens by the encoder's own attention, the other by likeness to the words of the prompt.
-        A quarter of the budget comes from the top of each list for certain. The open half goes where it collects most:
-        a flat list gets fewer of its places, a list in which some tokens stand out gets more.
+        A quarter of the budget comes from the top of each list for certain. The open half is split so that both lists
+        collect much of their mass: one whose mass sits in few tokens needs few places, a flat one gets the rest.
 
     Sites: 0.
     Keeps: F + n* from the text list and F + R - n* from the saliency list, with F = floor(fixed K), R = K - 2F,

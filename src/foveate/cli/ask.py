@@ -1,0 +1,212 @@
+"""One question, one way of answering: what the user passes in, and what the answer cost as seen from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.errors import FoveateError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from foveate.core import Method
+    from foveate.report import Report
+
+
+class UserError(FoveateError):
+    """What the user passed to the command line cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """An answer and its times in milliseconds, as read from outside the model."""
+
+    answer: str
+    encode_ms: float
+    first_token_ms: float
+    total_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What one way of answering said and cost: `first_token_ms` is encode + select + prefill, all in milliseconds."""
+
+    answer: str
+    tokens: int
+    mean_tokens: float
+    encode_ms: float
+    select_ms: float
+    prefill_ms: float
+    decode_ms: float
+    first_token_ms: float
+    total_ms: float
+    kv_bytes: int
+
+    @classmethod
+    def of(cls, timed: Timed, report: Report, *, compressed: bool = True) -> Arm:
+        """Join the times of one way with what the compressed way's report counted before and after."""
+        select = (report.select_ms or 0.0) if compressed else 0.0
+        return cls(
+            answer=timed.answer,
+            tokens=report.kept if compressed else report.tokens,
+            mean_tokens=report.mean_alive if compressed else float(report.tokens),
+            encode_ms=timed.encode_ms,
+            select_ms=select,
+            prefill_ms=timed.first_token_ms - timed.encode_ms - select,
+            decode_ms=timed.total_ms - timed.first_token_ms,
+            first_token_ms=timed.first_token_ms,
+            total_ms=timed.total_ms,
+            kv_bytes=report.kv_bytes_after if compressed else report.kv_bytes_before,
+        )
+
+
+def ask(network: Any, processor: Any, inputs: Any, method: Method | None, limit: int) -> tuple[Timed, Report]:
+    """Answer once untimed and once timed; without a method the report is empty."""
+    from foveate.engines.base import compress
+    from foveate.report import Report
+
+    with contextlib.nullcontext() if method is None else compress(network, method) as handle:
+        network.generate(**inputs, max_new_tokens=1, do_sample=False)
+        timed = _timed(network, processor, inputs, limit)
+        report = Report(method="none", model="", layers=0) if handle is None else handle.report
+    return timed, report
+
+
+def _timed(network: Any, processor: Any, inputs: Any, limit: int) -> Timed:
+    from transformers import LogitsProcessorList
+
+    def now() -> float:
+        if network.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return 1000 * time.perf_counter()
+
+    class FirstToken:
+        at: float | None = None
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            self.at = self.at or now()
+            return scores
+
+    base, spent = network.base_model, 0.0
+    encode = base.get_image_features
+
+    @functools.wraps(encode)  # generate reads the signature
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal spent
+        begin = now()
+        features = encode(*args, **kwargs)
+        spent += now() - begin
+        return features
+
+    first = FirstToken()
+    base.get_image_features = watched
+    try:
+        begin = now()
+        output = network.generate(
+            **inputs, max_new_tokens=limit, do_sample=False, logits_processor=LogitsProcessorList([first])
+        )
+        end = now()
+    finally:
+        del base.get_image_features
+    answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    return Timed(answer, spent, (first.at or end) - begin, end - begin)
+
+
+# -- what the user passes in
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Return the picture in RGB, upright."""
+    from PIL import Image, ImageOps
+
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no such picture: {path}", "check the path, or try the bundled picture: foveate demo"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them on broken files
+        hint = "pass a complete PNG, JPEG or WebP file"
+        raise UserError(f"not a readable picture: {path} ({_first_line(error)})", hint) from error
+
+
+def build(spec: str) -> Method:
+    """Return the method of a spec."""
+    import foveate.methods  # noqa: F401 - registers the built-in methods
+    from foveate.registry import from_spec
+
+    return from_spec(spec)
+
+
+def load(name: str, device: str | None, *, exact: bool = False) -> tuple[Any, Any]:
+    """Return a supported model and its processor; on a CPU, or where ``exact``, in float32."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
+
+    from foveate import demo
+    from foveate.families import family_of
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
+        hint = "leave --device out, or pass --device cpu"
+        raise UserError(f"device {where!r} cannot be used: {_first_line(error)}", hint) from error
+    disable_progress_bar()
+    if name == "demo":
+        return demo.load(where)
+    try:
+        dtype = torch.float32 if exact or where == "cpu" else "auto"
+        network: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        processor: Any = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError) as error:  # transformers raises any of them
+        hint = "pass 'demo', a folder with config.json, or the hub name of a vision-language model (needs a network)"
+        raise UnsupportedModel(
+            f"cannot load a vision-language model from {name!r}: {_first_line(error)}", hint
+        ) from error
+    family_of(network)
+    return network.to(where).eval(), processor
+
+
+def prepare(network: Any, processor: Any, picture: Image.Image, question: str) -> Any:
+    """Return the model's inputs: the processor's chat template, or LLaVA-1.5's prompt where there is none."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        prompt = f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    return inputs.to(network.device, network.dtype)
+
+
+def crops(processor: Any) -> bool:
+    """Whether the processor cuts pictures to their central square."""
+    return bool(getattr(getattr(processor, "image_processor", None), "do_center_crop", False))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def conditions(network: Any) -> str:
+    """Return what times depend on: the device, threads and dtype."""
+    import torch
+
+    dtype = str(network.dtype).removeprefix("torch.")
+    if network.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(network.device)}, {dtype}"
+    return f"{network.device.type} with {torch.get_num_threads()} threads, {dtype}"

@@ -1,0 +1,88 @@
+"""Random evidence for tests of methods: one image, every kind of evidence, nothing of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from foveate import Evidence
+
+Array = NDArray[np.float64]
+
+
+def make_evidence(n: int = 24, seed: int = 0, width: int = 8, text: int = 5, **changes: Any) -> Evidence:
+    """Return evidence of one image of n tokens in a grid as square as n allows, with every field set."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows = max(r for r in range(1, int(n**0.5) + 1) if n % r == 0)
+    columns = n // rows
+    place = torch.arange(n)
+    values: dict[str, Any] = {
+        "grid": (1, rows, columns),
+        "coordinates": torch.stack([torch.zeros_like(place), place // columns, place % columns], dim=1),
+        "features": normal(n, width),
+        "total": n,
+        "depth": 32,
+        "encoder_fold": normal(n).abs(),
+        "encoder_keys": normal(n, 4),
+        "encoder_saliency": normal(n).softmax(0),
+        "text": normal(text, width),
+        "hidden": normal(n, width),
+        "previous": normal(n, width),
+        "relevance": normal(text, n).softmax(1) * 0.1,
+        "text_mass": normal(n).abs() * 0.01,
+        "seed": torch.tensor(seed + 7),
+    }
+    return Evidence(**(values | changes))
+
+
+def tensors(evidence: Evidence) -> dict[str, Tensor]:
+    """Return the tensors of the evidence by name."""
+    fields = {f.name: getattr(evidence, f.name) for f in dataclasses.fields(evidence)}
+    return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+
+def converted(evidence: Evidence, dtype: torch.dtype) -> Evidence:
+    """Return the evidence with its floating-point tensors in another dtype."""
+    changed: dict[str, Any] = {k: v.to(dtype) for k, v in tensors(evidence).items() if v.is_floating_point()}
+    return dataclasses.replace(evidence, **changed)
+
+
+def permuted(evidence: Evidence, order: Tensor) -> Evidence:
+    """Return the evidence with its tokens in another order."""
+    per_token = ("coordinates", "features", "encoder_fold", "encoder_keys", "encoder_saliency", "hidden", "previous")
+    changed: dict[str, Any] = {name: getattr(evidence, name)[order] for name in (*per_token, "text_mass")}
+    assert evidence.relevance is not None
+    return dataclasses.replace(evidence, relevance=evidence.relevance[:, order], **changed)
+
+
+def waves(*shape: int, step: float = 0.7) -> Tensor:
+    """Return sin(step i^1.5) in the given shape: numbers for golden tensors that need no generator."""
+    count = int(np.prod(shape))
+    return torch.from_numpy(np.sin(step * np.arange(1, count + 1) ** 1.5).astype(np.float32)).reshape(shape)
+
+
+def array(tensor: Tensor | None) -> Array:
+    """Return a tensor as float64 numpy."""
+    assert tensor is not None
+    return tensor.double().numpy()
+
+
+def top(scores: Array, k: int) -> list[int]:
+    """Return the sorted indices of the k largest scores, by loops."""
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+    return sorted(best)
+
+
+def gap(scores: Array) -> float:
+    """Return the smallest difference between two scores."""
+    values = sorted(float(s) for s in scores)
+    return min((b - a for a, b in zip(values, values[1:], strict=False)), default=1.0)
