@@ -52,8 +52,8 @@ def shares(k: int, sizes: Sequence[int]) -> tuple[int, ...]:
     given = [0] * len(sizes)
     while left := k - sum(given):
         room = [i for i, size in enumerate(sizes) if given[i] < size]
-        for place, i in enumerate(room):
-            given[i] += min(left // len(room) + (place < left % len(room)), sizes[i] - given[i])
+        for i in room if left >= len(room) else room[:left]:
+            given[i] += min(max(left // len(room), 1), sizes[i] - given[i])
     return tuple(given)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from foveate import Evidence
 Array = NDArray[np.float64]
 
 
-def make_evidence(n: int = 24, seed: int = 0, width: int = 8, text: int = 5, **changes: Any) -> Evidence:
+def make_evidence(n: int = 24, seed: int = 0, width: int = 8, words: int = 5, **changes: Any) -> Evidence:
     """Return evidence of one image of n tokens in a grid as square as n allows, with every field set."""
     generator = torch.Generator().manual_seed(seed)
+    width = next((changes[name].shape[1] for name in ("features", "hidden", "text") if name in changes), width)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -34,10 +36,10 @@ def make_evidence(n: int = 24, seed: int = 0, width: int = 8, text: int = 5, **c
         "encoder_fold": normal(n).abs(),
         "encoder_keys": normal(n, 4),
         "encoder_saliency": normal(n).softmax(0),
-        "text": normal(text, width),
+        "text": normal(words, width),
         "hidden": normal(n, width),
         "previous": normal(n, width),
-        "relevance": normal(text, n).softmax(1) * 0.1,
+        "relevance": normal(words, n).softmax(1) * 0.1,
         "text_mass": normal(n).abs() * 0.01,
         "seed": torch.tensor(seed + 7),
     }
@@ -85,4 +87,4 @@ def top(scores: Array, k: int) -> list[int]:
 def gap(scores: Array) -> float:
     """Return the smallest difference between two scores."""
     values = sorted(float(s) for s in scores)
-    return min((b - a for a, b in zip(values, values[1:], strict=False)), default=1.0)
+    return min((b - a for a, b in pairwise(values)), default=1.0)

@@ -59,7 +59,7 @@ def reference(evidence: Evidence, k: int, fixed: float, temperature: float) -> t
             own.append((Fraction(2 * by_saliency.index(i) + 1, 2 * n_saliency), 1))
         keys.append(min(own, default=(Fraction(10**9), by_text.index(i))))
     kept = sorted(sorted(range(n), key=lambda i: keys[i])[:k])
-    return kept, min(margin, gap(np.log(t + 1e-300)), gap(c))
+    return kept, min(margin, gap(np.log(t + 1e-300)), gap(np.log(c)))
 
 
 def released(evidence: Evidence, budget: int, temperature: float = 100.0) -> tuple[list[int], list[int], float]:
@@ -81,7 +81,7 @@ def released(evidence: Evidence, budget: int, temperature: float = 100.0) -> tup
     rest = sorted(range(sure, total), key=lambda place: (-values[place], place))
     more, margin = split([t[i] for i in by_text[sure:]], [values[p] for p in rest], total - 2 * sure)
     from_cls = [index[p] for p in [*range(sure), *rest[: total - 2 * sure - more]]]
-    return sorted(by_text[: sure + more] + from_cls), from_cls, min(margin, gap(np.log(t + 1e-300)), gap(c))
+    return sorted(by_text[: sure + more] + from_cls), from_cls, min(margin, gap(np.log(t + 1e-300)), gap(np.log(c)))
 
 
 @given(
@@ -97,10 +97,10 @@ def test_it_is_the_algorithm_with_distinct_tokens(
     seed: int, crops: tuple[int, ...], share: float, fixed: float, temperature: float, text: int, alike: bool
 ) -> None:
     n = sum(crops) or 18
-    evidence = make_evidence(n, seed, text=text, crops=crops)
+    evidence = make_evidence(n, seed, words=text, crops=crops)
     if alike:  # both lists nearly the same, so that many tokens are on both
         relevance = torch.from_numpy(text_scores(array(evidence.features), array(evidence.text), 10.0)).float()
-        evidence = make_evidence(n, seed, text=text, crops=crops, encoder_saliency=relevance / relevance.sum())
+        evidence = make_evidence(n, seed, words=text, crops=crops, encoder_saliency=relevance / relevance.sum())
     k = max(1, int(share * n))
     wanted, margin = reference(evidence, k, fixed, temperature)
     assume(margin > 1e-5)
@@ -112,7 +112,7 @@ def test_it_is_the_algorithm_with_distinct_tokens(
 
 @given(seed=st.integers(0, 10**6), budget=st.integers(2, 30), text=st.integers(1, 5))
 def test_compat_is_the_released_code_on_one_crop(seed: int, budget: int, text: int) -> None:
-    evidence = make_evidence(32, seed, text=text)
+    evidence = make_evidence(32, seed, words=text)
     wanted, _, margin = released(evidence, budget)
     assume(margin > 1e-5)
     answer = AdaV(keep=budget, compat=True).select(evidence, 0)
@@ -130,7 +130,7 @@ def test_compat_is_the_released_code_on_five_crops(seed: int) -> None:
         2880, crops=(576,) * 5, features=features, text=torch.tensor([[1.0, 0.0]]), encoder_saliency=saliency
     )
     wanted, from_cls, margin = released(evidence, 144)
-    assert margin > 1e-7
+    assert margin > 1e-6
     (answer,) = select_all(AdaV(keep=144, compat=True), [evidence], 0)
     assert len(wanted) == 140  # two times floor(72 / 5) for each of five crops
     assert answer.keep.tolist() == wanted
@@ -163,20 +163,21 @@ def test_compat_refuses_what_the_released_code_cannot_serve() -> None:
 
 
 def test_a_flat_list_gets_more_of_the_open_places_than_one_with_a_peak() -> None:
-    n, k = 16, 8
-    features = torch.eye(n)
-    peak = make_evidence(n, features=features, text=features[:1], encoder_saliency=torch.linspace(1.001, 1.0, n))
-    flat = make_evidence(
-        n, features=features, text=torch.linspace(1.001, 1.0, n)[None], encoder_saliency=torch.eye(n)[0] + 1e-6
-    )
-    at_peak, at_flat = (split_of(evidence, k) for evidence in (peak, flat))
-    assert at_peak < at_flat
+    # Tokens 0 to 7 lead the text list, tokens 8 to 15 the saliency list; F = 2, so 4 of 8 places are open.
+    features = torch.eye(16)
+    steep, even = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.01, 0.001, 0, 0]), torch.linspace(1.0, 0.9, 8)
+    low = torch.linspace(1e-4, 1e-5, 8)
 
+    def from_text(words: torch.Tensor, seen: torch.Tensor) -> int:
+        evidence = make_evidence(
+            16,
+            features=features,
+            text=torch.cat([words, torch.zeros(8)])[None],
+            encoder_saliency=torch.cat([low, seen]),
+        )
+        return int((AdaV(keep=8, temperature=10.0).select(evidence, 0).keep < 8).sum())
 
-def split_of(evidence: Evidence, k: int) -> int:
-    t = text_scores(array(evidence.features), array(evidence.text), 1.0)
-    a, b = np.sort(t)[::-1].tolist(), np.sort(array(evidence.encoder_saliency))[::-1].tolist()
-    return split(a, b, k)[0]
+    assert from_text(words=steep, seen=even) < from_text(words=even, seen=steep)
 
 
 def test_without_text_saliency_alone_decides() -> None:
@@ -199,12 +200,12 @@ def test_golden() -> None:
     evidence = make_evidence(
         16, features=waves(16, 6), text=waves(3, 6, step=0.4), encoder_saliency=waves(16, step=0.3).softmax(0)
     )
-    assert AdaV(keep=7).select(evidence, 0).keep.tolist() == GOLDEN
-    assert AdaV(keep=7, compat=True).select(evidence, 0).keep.tolist() == GOLDEN_COMPAT
+    assert AdaV(keep=7, temperature=4.0).select(evidence, 0).keep.tolist() == GOLDEN
+    assert AdaV(keep=7, temperature=4.0, compat=True).select(evidence, 0).keep.tolist() == GOLDEN_COMPAT
 
 
-GOLDEN: list[int] = []
-GOLDEN_COMPAT: list[int] = []
+GOLDEN = [0, 2, 5, 8, 10, 12, 15]
+GOLDEN_COMPAT = [2, 5, 8, 10, 12, 15]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"fixed": 0.6}, {"fixed": -0.1}])

@@ -69,7 +69,7 @@ def main() -> None:
     app(prog_name="foveate")
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool | None) -> None:
     if asked:
         from importlib.metadata import version
 
@@ -82,8 +82,8 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
-    ] = False,
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
+    ] = None,
 ) -> None:
     pass
 
@@ -214,9 +214,11 @@ _ROWS = ("answer", "visual tokens", "per layer", "encode", "select", "prefill", 
 def _cells(arm: Arm) -> list[str]:
     from foveate.report import milliseconds
 
-    times = (arm.encode_ms, arm.select_ms, arm.prefill_ms, arm.decode_ms, arm.total_ms)
+    select = milliseconds(arm.select_ms) if arm.select_ms else "-"
+    prefill, decode, total = map(milliseconds, (arm.prefill_ms, arm.decode_ms, arm.total_ms))
+    times = (milliseconds(arm.encode_ms), select, prefill, decode, total)
     kv = f"{arm.kv_bytes / _MIB:.1f} MiB"
-    return [escape(arm.answer), str(arm.tokens), f"{arm.mean_tokens:.1f}", *map(milliseconds, times), kv]
+    return [escape(arm.answer), str(arm.tokens), f"{arm.mean_tokens:.1f}", *times, kv]
 
 
 def _mark(answer: str, truth: str) -> str:

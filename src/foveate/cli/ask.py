@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.errors import FoveateError, UnsupportedModel
+from foveate.errors import FoveateError, UnsupportedModel, did_you_mean
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -142,17 +142,23 @@ def build(spec: str) -> Method:
     import foveate.methods  # noqa: F401 - registers the built-in methods
     from foveate.registry import from_spec
 
-    return from_spec(spec)
+    try:
+        return from_spec(spec)
+    except FoveateError:
+        raise
+    except (TypeError, ValueError) as error:  # an option of the wrong kind, met by the method's own checks
+        hint = "options are numbers or words: evocut:keep=64, v2drop:stages=3@0.5/17@0.3/22@0"
+        raise UserError(f"cannot read the method {spec!r}: {_first_line(error)}", hint) from error
 
 
 def load(name: str, device: str | None, *, exact: bool = False) -> tuple[Any, Any]:
     """Return a supported model and its processor; on a CPU, or where ``exact``, in float32."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.logging import disable_progress_bar
 
     from foveate import demo
-    from foveate.families import family_of
+    from foveate.families import FAMILIES, family_of
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -164,6 +170,10 @@ def load(name: str, device: str | None, *, exact: bool = False) -> tuple[Any, An
     if name == "demo":
         return demo.load(where)
     try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        known = [model_type for family in FAMILIES for model_type in family.model_types]
+        if kind not in known:  # before gigabytes of weights are read
+            raise UnsupportedModel(f"no family serves model_type {kind!r}", did_you_mean(kind, known))
         dtype = torch.float32 if exact or where == "cpu" else "auto"
         network: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
         processor: Any = AutoProcessor.from_pretrained(name)
@@ -209,4 +219,5 @@ def conditions(network: Any) -> str:
     dtype = str(network.dtype).removeprefix("torch.")
     if network.device.type == "cuda":
         return f"{torch.cuda.get_device_name(network.device)}, {dtype}"
-    return f"{network.device.type} with {torch.get_num_threads()} threads, {dtype}"
+    threads = torch.get_num_threads()
+    return f"{network.device.type}, {threads} thread{'s' if threads > 1 else ''}, {dtype}"

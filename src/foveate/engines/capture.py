@@ -46,7 +46,7 @@ class EncoderCapture:
         needs = {need for method in methods for need in method.needs}
         if not needs & {"encoder_fold", "encoder_saliency", "encoder_keys"}:
             return
-        layers = family.encoder_layers(model)
+        layers: Any = family.encoder_layers(model)
         for place, method in enumerate(methods):
             if "encoder_fold" in method.needs:
                 for transition in method.encoder_layers(len(layers)):
@@ -87,9 +87,7 @@ class EncoderCapture:
         return hook
 
     def _saliency(self, name: str) -> Listener:
-        def listen(
-            module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
-        ) -> None:
+        def listen(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
             record = self._record
             if record is None:
                 return
@@ -116,7 +114,7 @@ def attention_rows(
     query: Float[Tensor, "b h r d"],
     key: Float[Tensor, "b k s d"],
     scaling: float | None,
-    allowed: Bool[Tensor, "..."] | None,
+    allowed: Bool[Tensor, "*mask"] | None,
 ) -> Float[Tensor, "b h r s"]:
     """Softmax of some query rows against all keys, in float32; grouped queries without repeating keys.
 
@@ -178,7 +176,7 @@ def tap(module: nn.Module, listen: Listener, attachment: Attachment) -> None:
         inner: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         listen(inner, query, key, attention_mask, kwargs.get("scaling"))
-        kernel = outer or sys.modules[type(inner).__module__].eager_attention_forward
+        kernel = outer or sys.modules[type(module).__module__].eager_attention_forward
         return kernel(_AsWas(inner, original), query, key, value, attention_mask, *args, **kwargs)
 
     AttentionInterface.register(name, attention)

@@ -28,6 +28,7 @@ from foveate.errors import NothingCompressed, UnsupportedCall
 from foveate.families import Family
 
 _PLANS = "_foveate_plans"
+_ATTENTION = frozenset({"relevance", "text_mass"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Call:
         cuttings: Drops that this call's layers must honour; prefill adds to them.
         alive: Per span of the layout, which of its tokens are alive.
         previous: Hidden states one layer before a site, by site.
-        attention: Text-to-visual relevance and visual-to-text mass by site and unit.
+        attention: What taps saw by site and unit: columns of the visual tokens, text-to-visual relevance, mass.
         memo: Masks and embeddings made once per drop.
     """
 
@@ -62,7 +63,7 @@ class Call:
     cuttings: list[Cutting]
     alive: list[Tensor] = field(default_factory=list)
     previous: dict[int, Tensor] = field(default_factory=dict)
-    attention: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    attention: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -77,15 +78,16 @@ class DecoderPart:
         self, model: Any, family: Family, methods: Sequence[Method], frames: Frames, attachment: Attachment
     ) -> None:
         self._frames = frames
-        self._decoder, self._layers = family.decoder(model), family.layers(model)
-        self._config = self._decoder.config
+        self._layers: Any = family.layers(model)
+        decoder: Any = family.decoder(model)
+        self._config = decoder.config
         self._depth = len(self._layers)
         self._local = threading.local()
         self._at: dict[int, list[Method]] = {}
         for method in methods:
             for site in method.sites(self._depth):
                 self._at.setdefault(site, []).append(method)
-        attachment.wrap(self._decoder, "forward", self._wrap(self._decoder.forward))
+        attachment.wrap(decoder, "forward", self._wrap(decoder.forward))
         wanted = {site: {need for m in here for need in m.needs} for site, here in self._at.items()}
         self._before = {site - 1 for site, needs in wanted.items() if "previous" in needs}
         for index in range(min([*self._at, *self._before], default=self._depth), self._depth):
@@ -94,7 +96,7 @@ class DecoderPart:
             )
             attachment.add(hook.remove)
         for site, needs in wanted.items():
-            if needs & {"relevance", "text_mass"}:
+            if needs & _ATTENTION:
                 tap(self._layers[site - 1].self_attn, partial(self._on_attention, site), attachment)
 
     # -- per call
@@ -165,7 +167,8 @@ class DecoderPart:
         if call.prefill:
             if hidden.shape[1] != cutting.plan.index.shape[1]:
                 raise NothingCompressed(
-                    f"decoder layer {index} got {hidden.shape[1]} rows where {cutting.plan.index.shape[1]} are alive"
+                    f"decoder layer {index} got {hidden.shape[1]} rows where {cutting.plan.index.shape[1]} are alive",
+                    "a hook or a patch between the layers changes the sequence; take it off",
                 )
             kwargs["position_embeddings"] = self._rotary(call, cutting, kwargs["position_embeddings"])
             kwargs["attention_mask"] = self._prefill_mask(call, cutting, hidden, kwargs.get("attention_mask"), index)
@@ -180,13 +183,12 @@ class DecoderPart:
         if call is None or not call.prefill:
             return
         plan, columns = self._plan(call), query.shape[2]
-        call.attention[site] = []
-        for unit in self._units(call, "prompt"):
-            row, visual, text = self._columns(call, unit)
-            valid = self._valid(call, plan, row, columns)
-            call.attention[site].append(
-                text_and_visual_mass(query[row], key[row, :, :columns], scaling, valid, text, visual)
-            )
+        for scope in {method.scope for method in self._at[site] if method.needs & _ATTENTION}:
+            for unit in self._units(call, scope):
+                row, visual, text = self._columns(call, unit)
+                valid = self._valid(call, plan, row, mask, columns)
+                seen = text_and_visual_mass(query[row], key[row, :, :columns], scaling, valid, text, visual)
+                call.attention[site, *unit] = (visual, *seen)
 
     # -- dropping
 
@@ -250,8 +252,10 @@ class DecoderPart:
             extra["hidden"] = hidden[row, visual]
         if "previous" in method.needs:
             extra["previous"] = call.previous[site][row, visual]
-        if method.needs & {"relevance", "text_mass"}:
-            extra["relevance"], extra["text_mass"] = self._attention(call, site, unit)
+        if method.needs & _ATTENTION:
+            then, relevance, mass = call.attention[site, *unit]
+            still = torch.searchsorted(then, visual)  # an earlier method at this site may have dropped some
+            extra["relevance"], extra["text_mass"] = relevance[:, still], mass[still]
         return Evidence(
             grid=first.grid,
             coordinates=torch.cat(where),
@@ -261,15 +265,6 @@ class DecoderPart:
             seed=first.seed,
             **extra,
         )
-
-    def _attention(self, call: Call, site: int, unit: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What the tap saw of a unit; it looks at whole prompts, so one image is a slice of its prompt's columns."""
-        for prompt, (relevance, mass) in zip(self._units(call, "prompt"), call.attention[site], strict=True):
-            if set(unit) <= set(prompt):
-                start = sum(len(call.alive[i]) for i in prompt[: prompt.index(unit[0])])
-                stop = start + sum(len(call.alive[i]) for i in unit)
-                return relevance[:, start:stop], mass[start:stop]
-        raise AssertionError("every image belongs to a prompt")
 
     # -- where things are
 
@@ -308,9 +303,13 @@ class DecoderPart:
         return call.cuttings[-1].plan if call.cuttings else None
 
     @staticmethod
-    def _valid(call: Call, plan: Plan | None, row: int, columns: int) -> Tensor | None:
+    def _valid(call: Call, plan: Plan | None, row: int, mask: Any, columns: int) -> Tensor | None:
+        """Which columns hold real tokens; a static cache hands over a 4-D mask only, whose last row sees them all."""
         if plan is not None:
             return None if plan.valid is None else plan.valid[row]
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            last = mask[row % len(mask), 0, columns - 1, :columns]
+            return last if last.dtype == torch.bool else last == 0
         return None if call.mask is None else call.mask[row, :columns].bool()
 
     # -- what the layers get

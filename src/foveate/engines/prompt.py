@@ -12,7 +12,6 @@ import functools
 import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from foveate.core import Evidence, Method, Selection, select_all
 from foveate.engines import sequence
 from foveate.engines.capture import EncoderCapture, Record
+from foveate.engines.cut import Cut, PromptFirst, Turn, count_positions, infer_mask, with_prompt
 from foveate.engines.sequence import Layout, Plan
 from foveate.engines.state import Attachment, Clock, Frame, Frames, Seen, Stage, bind
 from foveate.errors import NothingCompressed, UnsupportedCall
@@ -28,36 +28,6 @@ from foveate.families import Family
 
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 _TURN = "_foveate_turn"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a cache remembers of the prompt that filled it, so that the next turn is cut alike."""
-
-    ids: Tensor
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A call's arguments with a shorter prompt.
-
-    Args:
-        arguments: What the model gets.
-        ids: The prompt as the caller passed it.
-        frame: None when the pictures are already in the cache.
-        turn: What the cache must remember; None when nothing was cut.
-    """
-
-    arguments: dict[str, Any]
-    ids: Tensor
-    frame: Frame | None
-    turn: Turn | None
-
-    @property
-    def removed(self) -> int:
-        """Columns by which the prompt became shorter."""
-        return self.ids.shape[1] - int(self.arguments["input_ids"].shape[1])
 
 
 class PromptPart:
@@ -93,17 +63,17 @@ class PromptPart:
             arguments = bind(self._generate_signature, args, kwargs)
             if "inputs" in arguments:
                 arguments["input_ids"] = arguments.pop("inputs")
-            cut = None if self._frames.inside else self.cut(arguments)
+            cut = None if self._frames.inside else self.cut(self._with_mask(arguments))
             if cut is None:
                 with self._frames.entered(None):
                     return original(**arguments)
             self._shorten_lengths(cut)
             if cut.removed and cut.arguments.get("streamer") is not None:
-                cut.arguments["streamer"] = _PromptFirst(cut.arguments["streamer"], cut.ids)
+                cut.arguments["streamer"] = PromptFirst(cut.arguments["streamer"], cut.ids)
             with self._frames.entered(cut.frame):
                 output = original(**cut.arguments)
             self._close(cut, output)
-            return _with_prompt(output, cut)
+            return with_prompt(output, cut)
 
         return generate
 
@@ -135,7 +105,8 @@ class PromptPart:
             self._finished(cut.frame)
         cache = cut.arguments.get("past_key_values")
         if cache is None:
-            cache = getattr(output, "past_key_values", None)
+            parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+            cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if cut.turn is not None and cache is not None:
             setattr(cache, _TURN, cut.turn)
 
@@ -143,16 +114,23 @@ class PromptPart:
         """Lengths that count the prompt count the caller's prompt: translate them."""
         if not cut.removed:
             return
-        config = cut.arguments.get("generation_config") or self._model.generation_config
-
-        def asked(name: str) -> Any:
-            value = cut.arguments.get(name)
-            return getattr(config, name, None) if value is None else value
-
         for bound in ("max", "min"):
-            length = asked(f"{bound}_length")
-            if length and asked(f"{bound}_new_tokens") is None:
+            length = self._option(cut.arguments, f"{bound}_length")
+            if length and self._option(cut.arguments, f"{bound}_new_tokens") is None:
                 cut.arguments[f"{bound}_length"] = max(0, length - cut.removed)
+
+    def _option(self, arguments: Mapping[str, Any], name: str) -> Any:
+        """What ``generate`` takes for an option: the first that is set of argument, given config, model's config."""
+        given = (arguments.get("generation_config"), self._model.generation_config)
+        values = (arguments.get(name), *(getattr(config, name, None) for config in given))
+        return next((value for value in values if value is not None), None)
+
+    def _with_mask(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        ids = arguments.get("input_ids")
+        if ids is None or arguments.get("attention_mask") is not None:
+            return arguments
+        pad, eos = (self._option(arguments, name) for name in ("pad_token_id", "eos_token_id"))
+        return {**arguments, "attention_mask": infer_mask(ids, pad, eos)}
 
     # -- the cut
 
@@ -165,8 +143,10 @@ class PromptPart:
         media = [m for m, name in self._family.media_arguments.items() if arguments.get(name) is not None]
         cache = arguments.get("past_key_values")
         filled = cache is not None and int(cache.get_seq_length()) > 0
-        turn = getattr(cache, _TURN, None) if filled else None
-        if filled and turn is not None:
+        if not filled and hasattr(cache, _TURN):
+            delattr(cache, _TURN)  # the cache was reset
+        turn = getattr(cache, _TURN, None)
+        if turn is not None:
             return self._next_turn(arguments, turn)
         ready = arguments.get("mm_encoder_outputs") or {}
         if any(output is not None for output in ready.values()):
@@ -176,8 +156,10 @@ class PromptPart:
             )
         if not media:
             return None
-        if filled:
-            if self._new_visual_tokens(arguments["input_ids"], int(cache.get_seq_length())):
+        if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
+            raise UnsupportedCall("`inputs_embeds` hide where the visual tokens are", "pass input_ids and pixel_values")
+        if cache is not None and filled:
+            if self._new_visual_tokens(arguments["input_ids"], int(cache.get_seq_length()) + 1):
                 raise UnsupportedCall(
                     "a picture was passed with a cache that is not empty", "start a new cache for a new picture"
                 )
@@ -187,14 +169,17 @@ class PromptPart:
                 "`labels` have one entry per token of the full prompt, and the compressed prompt is shorter",
                 "compute the loss without compression, or from the returned logits of the answer",
             )
-        if arguments.get("input_ids") is None:
-            raise UnsupportedCall("`inputs_embeds` hide where the visual tokens are", "pass input_ids and pixel_values")
         return self._first_turn(arguments, media)
 
     def _first_turn(self, arguments: Mapping[str, Any], media: Sequence[str]) -> Cut:
         ids = arguments["input_ids"]
         mask = arguments.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
+        if mask.shape != ids.shape:
+            raise UnsupportedCall(
+                f"an attention_mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}",
+                "pass the 2-D mask that the processor gives",
+            )
         clock = Clock(ids.device)
         outputs: dict[str, Any] = {}
         taken: set[str] = set()
@@ -216,14 +201,16 @@ class PromptPart:
         rest = {name: value for name, value in arguments.items() if name not in taken}
         for modality, output in outputs.items():
             mine = [images[span.source].evidence.features for span in _by_number(layout, modality)]
-            rest.setdefault("mm_encoder_outputs", {})
-            rest["mm_encoder_outputs"] = {
-                **(rest["mm_encoder_outputs"] or {}),
-                modality: self._family.with_features(output, mine),
-            }
+            ready = rest.get("mm_encoder_outputs") or {}
+            rest["mm_encoder_outputs"] = {**ready, modality: self._family.with_features(output, mine)}
         if whole:
             return Cut(rest, ids, frame, None)
         frame.layout, plan = layout.shortened(keeps)
+        if self._positions == "original" and bool((plan.index[:, -1] < ids.shape[1] - 1).any()):
+            raise UnsupportedCall(
+                "a prompt ends with a picture whose last token left, and an answer continues from the last position",
+                'end the prompt with text, or choose positions="packed"',
+            )
         plan = plan.to(ids.device)
         rest.update(self._short(rest, ids, mask, plan))
         return Cut(rest, ids, frame, Turn(ids, plan))
@@ -234,17 +221,20 @@ class PromptPart:
         mask = arguments.get("attention_mask")
         rest = {n: v for n, v in arguments.items() if n not in self._family.media_arguments.values()}
         if ids is None:
-            raise UnsupportedCall("a later turn needs `input_ids`, to tell what is in the cache already")
+            raise UnsupportedCall("a later turn needs `input_ids`, to tell what is in the cache already", "pass input_ids")
         if len(ids) != len(turn.ids):
-            raise UnsupportedCall(f"the cache holds {len(turn.ids)} prompts, this call brings {len(ids)}")
-        if ids.shape[1] < seen:
+            raise UnsupportedCall(
+                f"the cache holds {len(turn.ids)} prompts, this call brings {len(ids)}", "start a new cache"
+            )
+        if ids.shape[1] < seen or (mask is not None and mask.shape[1] > ids.shape[1]):
             return self._next_tokens(rest, ids, mask, turn)
         if not torch.equal(ids[:, :seen].to(turn.ids.device), turn.ids):
             raise UnsupportedCall(
                 "the prompt does not begin with the one in the cache",
                 "pass the whole conversation, beginning with the first prompt as it was, or start a new cache",
             )
-        if self._new_visual_tokens(ids, seen):
+        read = int(arguments["past_key_values"].get_seq_length()) - turn.plan.index.shape[1]
+        if self._new_visual_tokens(ids, seen + read + 1):  # what was generated is text, whatever its id
             raise UnsupportedCall("a picture was added to a cache that is not empty", "start a new cache for it")
         mask = torch.ones_like(ids) if mask is None else mask
         tail = torch.arange(seen, ids.shape[1], device=ids.device).expand(len(ids), -1)
@@ -266,9 +256,13 @@ class PromptPart:
                 head = head * turn.plan.valid.to(head.dtype)
             rest["attention_mask"] = mask = torch.cat([head, mask[:, seen:]], 1)
             counted = long if self._positions == "original" else mask
-            rest["position_ids"] = _positions(counted)[:, -ids.shape[1] :]
-        elif mask is None and self._positions == "original":
-            raise UnsupportedCall("original positions cannot be continued without the attention_mask of all tokens")
+            if rest.get("position_ids") is None:
+                rest["position_ids"] = count_positions(counted)[:, -ids.shape[1] :]
+        elif self._positions == "original" and rest.get("position_ids") is None:
+            raise UnsupportedCall(
+                "original positions cannot be continued without the attention_mask of all tokens",
+                "pass the mask of the whole prompt and of everything after it, as without compression",
+            )
         return Cut(rest, ids, None, turn)
 
     def _short(self, arguments: Mapping[str, Any], ids: Tensor, mask: Tensor, plan: Plan) -> dict[str, Any]:
@@ -282,13 +276,15 @@ class PromptPart:
         out: dict[str, Any] = {"input_ids": short, "attention_mask": new_mask}
         given = arguments.get("position_ids")
         if self._positions == "original":
-            given = _positions(mask) if given is None else given
+            given = count_positions(mask) if given is None else given
             out["position_ids"] = sequence.take(given, plan.index, given.dim() - 1)
         elif given is not None:
             raise UnsupportedCall(
                 "`position_ids` were passed, and this method renumbers the tokens that stay",
                 'leave them out, or choose positions="original"',
             )
+        else:  # counted alike by both doors, so that one can go on where the other stopped
+            out["position_ids"] = count_positions(new_mask)
         for name in _PER_TOKEN:
             if arguments.get(name) is not None:
                 out[name] = sequence.take(arguments[name], plan.index, 1)
@@ -310,8 +306,9 @@ class PromptPart:
                 after = layout.text_after(span).to(ids.device)
                 extra["text"] = embed(ids[span.row, after])
             if "seed" in needs:
-                prompt = ids[span.row].cpu()[layout.text[span.row]]
-                number = zlib.crc32(prompt.numpy().tobytes(), int(span.positions[0] - layout.text[span.row][0]))
+                text = layout.text[span.row]
+                place = int(span.positions[0]) - (int(text[0]) if len(text) else ids.shape[1])
+                number = zlib.crc32(ids[span.row].cpu()[text].numpy().tobytes(), place)
                 extra["seed"] = torch.tensor(number, device=feature.device)
             evidence = Evidence(
                 grid=grid,
@@ -335,7 +332,7 @@ class PromptPart:
             captured = self._captured(place, method, features, record)
             evidences = []
             for seen in images:
-                rows = {name: values[seen.number][seen.origin] for name, values in captured.items()}
+                rows: dict[str, Any] = {name: values[seen.number][seen.origin] for name, values in captured.items()}
                 evidences.append(dataclasses.replace(seen.evidence, **rows))
             for i, selection in enumerate(select_all(method, evidences, 0)):
                 seen, keep = images[i], selection.keep
@@ -367,36 +364,5 @@ class PromptPart:
         return bool(torch.isin(ids[:, start:], torch.tensor(visual, device=ids.device)).any())
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Positions as ``generate`` counts them: the number of real tokens before each one."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def _by_number(layout: Layout, modality: str) -> list[Any]:
     return sorted((span for span in layout.spans if span.modality == modality), key=lambda span: span.number)
-
-
-def _with_prompt(output: Any, cut: Cut) -> Any:
-    """Put the caller's prompt back in front of the answer."""
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    prompt = cut.ids.repeat_interleave(len(sequences) // len(cut.ids), 0).to(sequences.device)
-    whole = torch.cat([prompt, sequences[:, cut.arguments["input_ids"].shape[1] :]], 1)
-    if isinstance(output, Tensor):
-        return whole
-    output.sequences = whole
-    return output
-
-
-class _PromptFirst:
-    """A streamer that is shown the caller's prompt instead of the short one."""
-
-    def __init__(self, streamer: Any, ids: Tensor) -> None:
-        self._streamer, self._prompt = streamer, ids
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt is not None:
-            value, self._prompt = self._prompt.cpu(), None  # type: ignore[assignment]
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        self._streamer.end()

@@ -147,7 +147,10 @@ def find(
             )
         for number, (row, column) in enumerate(zip(rows.split(counts), columns.split(counts), strict=True)):
             if bool((row != row[0]).any()):
-                raise UnsupportedCall(f"the tokens of one {modality} are spread over two prompts of the batch")
+                raise UnsupportedCall(
+                    f"the tokens of one {modality} are spread over two prompts of the batch",
+                    "let the processor expand the placeholders: one image in the text for each image passed, in order",
+                )
             spans.append(Span(int(row[0]), modality, number, 0, column))
     spans.sort(key=lambda span: (span.row, int(span.positions[0])))
     spans = [replace(span, source=i) for i, span in enumerate(spans)]
@@ -168,6 +171,8 @@ def merge_rows(
 def make_plan(rows: Sequence[Int[Tensor, " s"]]) -> Plan:
     """Right-align rows of positions; the last column is always the last real token."""
     length = max(len(row) for row in rows)
+    if not all(len(row) for row in rows):
+        raise UnsupportedCall("a prompt without text would lose all its tokens", "put text into the prompt")
     if all(len(row) == length for row in rows):
         return Plan(torch.stack(list(rows)), None)
     index = rows[0].new_zeros(len(rows), length)

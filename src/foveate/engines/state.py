@@ -46,13 +46,13 @@ class Clock:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        event.record()
         return event
 
 
 def _elapsed(start: Stamp, end: Stamp) -> float:
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        end.synchronize()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        end.synchronize()
         return float(start.elapsed_time(end))
     assert isinstance(start, float) and isinstance(end, float)
     return (end - start) * 1000.0
@@ -113,9 +113,7 @@ class Frame:
     def report(self, method: str, model: Any, layers: int, calls: int) -> Report:
         """Return the report of this call; this is where the device is waited for."""
         rows = [seen.row for seen in self.images]
-        images = tuple(
-            _image_report(rows[:i].count(seen.row), seen, layers) for i, seen in enumerate(self.images)
-        )
+        images = tuple(_image_report(rows[:i].count(seen.row), seen, layers) for i, seen in enumerate(self.images))
         text = sum(len(row) for row in self.layout.text)
         per_token = _kv_bytes_per_token(model)
         after = sum(sum(image.alive) for image in images)
@@ -240,7 +238,5 @@ class Attachment:
 def bind(signature: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return positional and keyword arguments as one dict by name."""
     bound = signature.bind_partial(*args, **kwargs).arguments
-    extra = {
-        name: bound.pop(name) for name in list(bound) if signature.parameters[name].kind.name == "VAR_KEYWORD"
-    }
+    extra = {name: bound.pop(name) for name in list(bound) if signature.parameters[name].kind.name == "VAR_KEYWORD"}
     return {**bound, **{key: value for pack in extra.values() for key, value in pack.items()}}

@@ -68,7 +68,7 @@ class Family:
 
     def encoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The layers of the vision encoder."""
-        tower = self.tower(model)
+        tower: Any = self.tower(model)
         layers = getattr(tower, "vision_model", tower).encoder.layers
         assert isinstance(layers, nn.ModuleList)
         return layers
@@ -119,7 +119,9 @@ class Family:
         layer = type(self.layers(model)[0])
         unknown = set(inspect.signature(layer.forward).parameters) - LAYER_ARGUMENTS - {"self"}
         if unknown:
-            raise UnsupportedModel(f"{layer.__name__} takes {', '.join(sorted(unknown))}, which may be one row per token")
+            raise UnsupportedModel(
+                f"{layer.__name__} takes {', '.join(sorted(unknown))}, which may be one row per token"
+            )
 
     # -- from pixels to tokens
 
@@ -149,7 +151,9 @@ class Family:
         """Per-patch values [forwards, patches, ...] as one [n, ...] tensor per image."""
         return list(values)
 
-    def grid(self, model: nn.Module, features: Tensor, index: int, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    def grid(
+        self, model: nn.Module, features: Tensor, index: int, arguments: Mapping[str, Any]
+    ) -> tuple[int, int, int]:
         """Frames, rows, columns of image ``index``."""
         side = round(len(features) ** 0.5)
         if side * side != len(features):

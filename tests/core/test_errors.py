@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import builtins
+import inspect
+import pickle
+import re
+
+import pytest
+
+from foveate import errors
+from foveate.errors import FoveateError, did_you_mean
+
+CLASSES = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls) and issubclass(cls, FoveateError)}
+
+
+def test_the_tree_in_the_docstring_is_the_tree_in_the_code() -> None:
+    drawn = dict(re.findall(r"[├└]── (\w+)\((\w+)\)", errors.__doc__ or ""))
+    assert set(drawn) == set(CLASSES) - {"FoveateError"}
+    for name, base in drawn.items():
+        assert CLASSES[name].__bases__ == (FoveateError, getattr(builtins, base))
+        assert CLASSES[name].__doc__
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
+def test_an_error_says_what_is_wrong_and_what_to_type(cls: type[FoveateError]) -> None:
+    error = cls("keep must be at least 1 token, got 0", "keep=64 keeps 64 tokens")
+    assert str(error) == "keep must be at least 1 token, got 0\nhint: keep=64 keeps 64 tokens"
+    assert (error.message, error.hint) == ("keep must be at least 1 token, got 0", "keep=64 keeps 64 tokens")
+    assert str(cls("no hint")) == "no hint"
+    assert cls("no hint").hint is None
+
+
+def test_an_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(errors.BudgetError("what", "do this")))
+    assert type(error) is errors.BudgetError
+    assert str(error) == "what\nhint: do this"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("evocat", "did you mean `evocut`?"),
+        ("evocut2", "did you mean `evocut`?"),
+        ("zzz", "known: `adav`, `evocut`, `todre`"),
+        ("", "known: `adav`, `evocut`, `todre`"),
+    ],
+)
+def test_the_nearest_name_is_offered(name: str, hint: str) -> None:
+    assert did_you_mean(name, ["todre", "evocut", "adav"]) == hint
