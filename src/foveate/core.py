@@ -267,17 +267,15 @@ def compose(first: Selection, second: Selection) -> Selection:
     """Return the selection that applies ``second`` to what ``first`` kept."""
     merged = first.merged_into
     if merged is not None:
-        slot = torch.full_like(first.keep, -1)
-        slot[second.keep] = torch.arange(len(second.keep), device=slot.device)
+        places = torch.arange(len(second.keep), device=second.keep.device)
+        slot = torch.full_like(first.keep, -1).scatter(0, second.keep, places)
         merged = torch.where(merged < 0, merged, slot[merged.clamp(min=0)])
     features = second.features
     if features is None and first.features is not None:
         features = first.features[second.keep]
     scores = first.scores
-    if second.scores is not None:
-        n = len(first.scores) if first.scores is not None else int(first.keep.max()) + 1
-        scores = second.scores.new_full((n,), float("-inf"))
-        scores[first.keep] = second.scores
+    if second.scores is not None and scores is not None:
+        scores = torch.full_like(scores, float("-inf")).scatter(0, first.keep, second.scores)
     return Selection(
         keep=first.keep[second.keep],
         stay=second.stay,

@@ -208,8 +208,10 @@ def sheet(
 
 def _open(image: Picture, grid: Grid) -> Image.Image:
     """Return the picture in RGB, upright, enlarged where it or its cells would be too small to see."""
-    picture = Image.open(image) if isinstance(image, str | Path) else image
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    if isinstance(image, str | Path):
+        with Image.open(image) as opened:
+            return _open(opened, grid)
+    picture = ImageOps.exif_transpose(image).convert("RGB")
     if min(grid) < 1:
         raise ValueError(f"a grid is frames, rows, columns, each at least 1, got {grid}")
     width, height = picture.size

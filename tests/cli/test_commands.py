@@ -20,6 +20,7 @@ from foveate.cli import app
 from foveate.report import Report
 
 ROOT = Path(__file__).parents[2]
+SHORT = ("--json", "--max-new-tokens", "3")
 GREY = Image.new("RGB", (336, 336), (120, 130, 140))
 
 
@@ -49,13 +50,14 @@ def test_run_answers_with_all_tokens_and_with_few(picture: Path, tmp_path: Path)
     assert rows["visual tokens"] == ["576", "64"]
     assert rows["per layer"] == ["576.0", "64.0"]
     assert set(rows) >= {"answer", "encode", "select", "prefill", "decode", "total", "KV cache of prompt"}
-    assert Image.open(out).size == (336, 336)
+    with Image.open(out) as kept:
+        assert kept.size == (336, 336)
     assert "wrote" not in result.stdout
     assert "after an untimed one, cpu" in result.stderr
 
 
 def test_run_prints_nothing_but_json(picture: Path) -> None:
-    result = call("run", picture, "How many?", "--method", "v2drop:keep=96", "--json", "--max-new-tokens", "3")
+    result = call("run", picture, "How many?", "--method", "v2drop:keep=96", *SHORT)
     answer = json.loads(result.stdout)
     assert answer["method"] == "v2drop:keep=96"
     assert answer["full"]["tokens"] == 576
@@ -66,24 +68,24 @@ def test_run_prints_nothing_but_json(picture: Path) -> None:
         parts = arm["encode_ms"] + arm["select_ms"] + arm["prefill_ms"] + arm["decode_ms"]
         assert parts == pytest.approx(arm["total_ms"])
         assert min(arm["encode_ms"], arm["prefill_ms"], arm["decode_ms"]) > 0
-    assert Report.from_dict(answer["report"]).layers == 12
+    assert len(Report.from_dict(answer["report"]).images[0].alive) == answer["report"]["layers"]
 
 
 def test_run_takes_a_folder_with_a_saved_model(picture: Path) -> None:
-    result = call("run", picture, "How many?", "--model", demo.MODEL, "--json", "--max-new-tokens", "2")
+    result = call("run", picture, "How many?", "--model", demo.MODEL, *SHORT)
     assert json.loads(result.stdout)["compressed"]["tokens"] == 64
 
 
 def test_run_leaves_the_model_as_it_was(picture: Path) -> None:
     first, second = (
-        json.loads(call("run", picture, "How many?", "--json", "--method", spec).stdout)["full"]["answer"]
-        for spec in ("evocut:keep=1", "grid:keep=576")
+        json.loads(call("run", picture, "How many?", *SHORT, "--method", spec).stdout)["full"]["answer"]
+        for spec in ("evocut:keep=1", "grid:keep=64")
     )
     assert first == second
 
 
 def test_keeping_all_changes_no_answer(picture: Path) -> None:
-    answer = json.loads(call("run", picture, "What is it?", "--json", "--method", "evocut:keep=1.0").stdout)
+    answer = json.loads(call("run", picture, "What is it?", *SHORT, "--method", "evocut:keep=1.0").stdout)
     assert answer["full"]["answer"] == answer["compressed"]["answer"]
 
 
@@ -94,9 +96,8 @@ def test_demo_answers_every_question_by_every_method_and_draws_a_sheet(tmp_path:
         assert f"{question} ({truth})" in result.stdout
     for name in ("all tokens", "evocut:keep=64", "todre:keep=64", "adav:keep=64", "v2drop:keep=64"):
         assert name in result.stdout
-    sheet = Image.open(tmp_path / "new" / "folder" / "kept.png")
-    assert sheet.width > 900
-    assert sheet.height > 600
+    with Image.open(tmp_path / "new" / "folder" / "kept.png") as sheet:
+        assert min(sheet.size) > 600
 
 
 def test_methods_lists_every_method() -> None:

@@ -63,7 +63,8 @@ def places(spec: str) -> Iterator[tuple[Method, int]]:
 
 def only_declared(method: Method, evidence: Evidence) -> Evidence:
     """Return the evidence as an engine makes it: what the method did not declare is missing."""
-    return dataclasses.replace(evidence, **dict.fromkeys(DECLARABLE - {"coordinates"} - method.needs))
+    missing: dict[str, Any] = dict.fromkeys(DECLARABLE - {"coordinates"} - method.needs)
+    return dataclasses.replace(evidence, **missing)
 
 
 def check(answer: Selection, n: int, count: int | None) -> None:
@@ -139,7 +140,9 @@ def test_half_precision_is_accepted_and_scores_are_float32(spec: str, dtype: tor
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_zero_and_identical_rows_make_no_nan(spec: str, value: float) -> None:
     base = make_evidence(24)
-    poor = {name: torch.full_like(t, value) for name, t in tensors(base).items() if t.is_floating_point()}
+    poor: dict[str, Any] = {
+        name: torch.full_like(t, value) for name, t in tensors(base).items() if t.is_floating_point()
+    }
     for part, site in places(spec):
         answer = part.select(dataclasses.replace(base, **poor), site)
         check(answer, 24, part.expected(24, 24, site, DEPTH))
@@ -201,8 +204,9 @@ def test_declared_evidence_is_real_and_read(spec: str) -> None:
     for part, site in places(spec):
         assert part.needs <= DECLARABLE
         for name in sorted(part.needs - {"coordinates"}):
+            without: dict[str, Any] = {name: None}
             with pytest.raises(MissingEvidence, match=f"`{name}` was not captured"):
-                part.select(dataclasses.replace(make_evidence(24), **{name: None}), site)
+                part.select(dataclasses.replace(make_evidence(24), **without), site)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +276,19 @@ def test_the_second_method_of_a_chain_sees_what_the_first_kept() -> None:
     first = foveate.EvoCut(keep=12).select(evidence, 0).keep.tolist()
     assert chain.select(evidence, 0).keep.tolist() == [first[i] for i in (1, 4, 7, 10)]
     assert chain.expected(24, 24, 0, DEPTH) == 4
+
+
+@pytest.mark.parametrize(
+    "spec", ["grid:keep=9 + evocut:keep=4", "pool:keep=9 + todre:keep=4,exit=none", "evocut:keep=9 + adav:keep=4"]
+)
+def test_a_chain_at_one_site_stacks_like_a_method(spec: str) -> None:
+    chain, images = registry.from_spec(spec), [make_evidence(24, seed=seed) for seed in range(3)]
+    for image, together in zip(images, select_all(chain, images, 0), strict=True):
+        alone = chain.select(image, 0)
+        assert together.keep.tolist() == alone.keep.tolist() and len(alone.keep) == 4
+        for name in ("scores", "features", "merged_into"):
+            one, two = getattr(together, name), getattr(alone, name)
+            assert (one is None and two is None) or torch.allclose(one, two, atol=1e-5)
 
 
 def test_a_larger_budget_keeps_what_a_smaller_one_kept() -> None:

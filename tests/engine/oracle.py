@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.models import IMAGE, PAD, SIDE, TOKENS
+from tests.models import IMAGE, PAD, SIDE, TOKENS, Tower, tiny_llava
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,34 @@ def _tokens(features: Tensor, image: Any, layers: int) -> list[tuple[int, Tensor
     return [(t, row, gone[0] if gone else layers) for t, row, gone in zip(kept, rows, lives, strict=True)]
 
 
+#: Greedy generation that neither stops early nor hides its logits.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": PAD,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+
+#: Every difference that `differ` measured; the terminal summary prints the largest.
+DIFFERENCES: list[float] = []
+
+
+def differ(logits: Any, reference: Tensor) -> float:
+    """Return the largest difference between the logits of new tokens, one [batch, v] per step, and the reference's.
+
+    Args:
+        logits: What ``generate`` returned, or a list of steps.
+        reference: What `Oracle.logits` returned for the sequences that came of it.
+    """
+    steps = torch.stack(list(logits), 1)
+    wanted = reference[:, -1 - steps.shape[1] : -1]
+    difference = float((steps - wanted).abs().max())
+    assert difference == difference, "the reference has no logits there"
+    DIFFERENCES.append(difference)
+    return difference
+
+
 def cache_lengths(report: Any, inputs: Mapping[str, Tensor], layers: int, decoded: int) -> list[int]:
     """Return how long each layer's cache must be: the longest row's survivors, and the tokens decoded since."""
     mask = inputs["attention_mask"]
@@ -194,6 +222,13 @@ def vivid(model: Any) -> Any:
                 sharp = "q_proj" in name or "k_proj" in name
                 weight.mul_(10 if "embed_tokens" in name or "lm_head" in name else 6 if sharp else 3)
     return model
+
+
+@cache
+def pair(impl: str = "sdpa", tower: Tower = "clip") -> tuple[Any, Oracle]:
+    """Return a small model and its reference; every test gets the same ones, so nothing may be left on them."""
+    model = vivid(tiny_llava(impl, tower=tower))
+    return model, Oracle(model)
 
 
 def prompts(rows: Sequence[Sequence[int]], pixels: Tensor | None = None, seed: int = 1) -> dict[str, Tensor]:

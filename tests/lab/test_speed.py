@@ -13,12 +13,14 @@ import torch
 from foveate.lab import shapes, speed
 from foveate.lab.arms import Bench
 from foveate.lab.paired import Estimate, Spread
+from foveate.lab.rows import Row
 
 ENVIRONMENT = {"date", "commit", "foveate", "torch", "transformers", "python", "cpu", "cores", "threads", "shape"}
 ENVIRONMENT |= {"layers", "width", "visual_tokens", "text_tokens", "keep", "steps", "dtype", "attention", "seed"}
 ENVIRONMENT |= {"load_before", "load_after"}
 OWN = {"arm", "metric", "unit", "median", "quartile_low", "quartile_high", "rounds", "against", "ratio", "ratio_low"}
 OWN |= {"ratio_high", "target", "met", "samples"}
+OPTIONS = ["--shape", "tiny", "--keep", "12", "--steps", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +39,7 @@ def bench(keep: int = 12) -> Bench:
 
 def test_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "speed.csv"
-    options = "--shape tiny --keep 12 --repeats 2 --warmup 1 --steps 2 --no-memory --quiet".split()
-    speed.main([*options, "--out", str(out)])
+    speed.main([*OPTIONS, "--repeats", "2", "--warmup", "1", "--no-memory", "--quiet", "--out", str(out)])
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == OWN | ENVIRONMENT
@@ -83,8 +84,8 @@ def test_taps_are_found_and_taken_off() -> None:
     assert list(it.tapped("grid:keep=12")) == []
 
 
-def test_memory_of_one_arm_in_its_own_process(tmp_path: Path) -> None:
-    rows = speed.memory(["full"], ["--shape", "tiny", "--keep", "12", "--steps", "2"], lambda _: None)
+def test_memory_of_one_arm_in_its_own_process() -> None:
+    rows = speed.memory(["full"], [*OPTIONS, "--threads", "1"], lambda _: None)
     assert [(row.arm, row.metric) for row in rows] == [("full", "peak_memory"), ("full", "memory_before")]
     assert rows[0].values[0] >= rows[1].values[0] > 0.0
 
@@ -95,7 +96,10 @@ def test_flop_are_those_of_the_model() -> None:
 
     shape = dataclasses.replace(shapes.SHAPES["tiny"], width=256, vision_width=64)
     model = shapes.build(shape, torch.float32, "eager", 0)
-    inputs = {"input_ids": shapes.prompt(shape, shape.tokens, 0), "pixel_values": shapes.picture(shape, torch.float32, 0)}
+    inputs = {
+        "input_ids": shapes.prompt(shape, shape.tokens, 0),
+        "pixel_values": shapes.picture(shape, torch.float32, 0),
+    }
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs, logits_to_keep=1)
     assert shape.first_token_gflop(shape.tokens) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
@@ -103,8 +107,8 @@ def test_flop_are_those_of_the_model() -> None:
 
 def test_a_ratio_that_means_nothing_is_not_printed() -> None:
     wide, narrow = Estimate(1.0, 0.9, 1.3), Estimate(1.01, 1.0, 1.02)
-    assert speed.Row("a", "first_token", "ms", [1.0], "ideal", wide, 1.05, "unresolved").cells()["ratio"] == ""
-    assert speed.Row("a", "first_token", "ms", [1.0], "ideal", narrow, 1.05, "yes").cells()["ratio"] == "1.0100"
+    assert Row("a", "first_token", "ms", [1.0], "ideal", wide, 1.05, "unresolved").cells()["ratio"] == ""
+    assert Row("a", "first_token", "ms", [1.0], "ideal", narrow, 1.05, "yes").cells()["ratio"] == "1.0100"
     assert (wide.meets(1.05), narrow.meets(1.05)) == ("unresolved", "yes")
     assert Spread.of([1.0, 2.0]).overlaps(Spread.of([1.9, 3.0])) is False
     assert Spread.of([1.0, 2.0]).overlaps(Spread.of([1.5, 3.0])) is False

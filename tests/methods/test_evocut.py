@@ -41,7 +41,7 @@ def deviation(before: Array, after: Array, groups: int, iterations: int) -> tupl
         for m in range(groups):
             own = [d for d, group in zip(moves, member, strict=True) if group == m]
             if own:
-                centres[m] = direction(sum(own))
+                centres[m] = direction(np.sum(own, axis=0))
     return np.array([1.0 - max(float(d @ c) for c in centres) for d in moves]), margin
 
 

@@ -132,7 +132,7 @@ def test_each_stage_works_alone() -> None:
     assert [type(part) for part in ToDRE(keep=1.0).parts] == [ToDREExit]
     assert [type(part) for part in ToDRE(keep=1.0, exit=None).parts] == [ToDREDiversity]
     assert [type(part) for part in ToDRE(keep=1).parts] == [ToDREDiversity, ToDREExit]
-    assert ToDRE(keep=1.0, positions="packed").parts[0].positions == "packed"
+    assert [part.positions for part in ToDRE(keep=0.1, positions="packed").parts] == ["packed", "paper"]
     assert ToDRE(keep=0.5, pivot_layer="feature").parts[0].saliency_layer == "feature"
     assert ToDRE(keep=0.5).parts[0].saliency_layer == "last"
 

@@ -127,7 +127,8 @@ def open_picture(path: Path) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
         raise UserError(
             f"no such picture: {path}", "check the path, or try the bundled picture: foveate demo"

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from foveate import registry
-from foveate.core import Method
+from foveate.core import DECODER_EVIDENCE, Method
 from foveate.engines.decoder import DecoderPart, guard_gaps
 from foveate.engines.prompt import PromptPart
 from foveate.engines.state import Attachment, Clock, Frame, Frames
@@ -29,7 +29,7 @@ class Handle:
         layers = family.layers(model)
         prompt, inner = _split(method, len(layers))
         self.positions = positions = _positions(method, prompt, family)
-        _check_evidence(method, family, model)
+        _check_evidence(prompt, inner, family, model)
         if inner:
             family.check_layers(model)
         try:
@@ -133,6 +133,11 @@ def _split(method: Method, n_layers: int) -> tuple[list[Method], list[Method]]:
     prompt, inner = [], []
     for part in method.parts:
         sites = part.sites(n_layers)
+        if sites == (0,) and part.scope == "prompt":
+            raise UnsupportedMethod(
+                f"`{part.name}` judges a prompt's images together, which is possible inside the LLM only",
+                'set scope = "image": before the LLM every image is judged alone',
+            )
         if sites == (0,):
             prompt.append(part)
         elif sites and min(sites) >= 1 and max(sites) < n_layers:
@@ -172,12 +177,15 @@ def _positions(method: Method, prompt: list[Method], family: Family) -> str:
     return policy
 
 
-def _check_evidence(method: Method, family: Family, model: Any) -> None:
-    for part in method.parts:
-        missing = part.needs - family.provides(model)
+def _check_evidence(prompt: list[Method], inner: list[Method], family: Family, model: Any) -> None:
+    """Refuse what is not there to be captured: what the decoder shows exists inside it only, all else before it."""
+    provided = family.provides(model)
+    before, inside = provided - DECODER_EVIDENCE, provided & (DECODER_EVIDENCE | {"coordinates"})
+    for part in [*prompt, *inner]:
+        missing = part.needs - (before if part in prompt else inside)
         if missing:
             raise UnsupportedMethod(
                 f"`{part.name}` needs {', '.join(sorted(missing))}, which {family.name} with a "
-                f"{family.tower_type(model)} tower does not provide",
+                f"{family.tower_type(model)} tower does not provide {'before' if part in prompt else 'inside'} the LLM",
                 "type `foveate methods` to see what each method needs",
             )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Evidence, Method, Selection, select_all
+from foveate.core import Evidence, Method, Selection, compose, select_all
 from foveate.engines import sequence
 from foveate.engines.capture import EncoderCapture, Record
 from foveate.engines.cut import Cut, PromptFirst, Turn, count_positions, infer_mask, with_prompt
@@ -193,9 +193,7 @@ class PromptPart:
         layout = sequence.find(ids, mask, tokens, sizes)
         images = self._see(layout, ids, features, record, arguments)
         with clock.section("select"):
-            selections = self._select(images, features, record)
-        chosen = [selection if selection is None else selection.keep for selection in selections]
-        keeps = [torch.arange(seen.tokens) if k is None else k for seen, k in zip(images, chosen, strict=True)]
+            keeps = self._select(images, features, record)
         whole = all(len(keep) == seen.tokens for keep, seen in zip(keeps, images, strict=True))
         frame = Frame(layout, images, clock, tuple(mask.sum(1).tolist()), set(self._inner_sites) if images else set())
         rest = {name: value for name, value in arguments.items() if name not in taken}
@@ -221,7 +219,9 @@ class PromptPart:
         mask = arguments.get("attention_mask")
         rest = {n: v for n, v in arguments.items() if n not in self._family.media_arguments.values()}
         if ids is None:
-            raise UnsupportedCall("a later turn needs `input_ids`, to tell what is in the cache already", "pass input_ids")
+            raise UnsupportedCall(
+                "a later turn needs `input_ids`, to tell what is in the cache already", "pass input_ids"
+            )
         if len(ids) != len(turn.ids):
             raise UnsupportedCall(
                 f"the cache holds {len(turn.ids)} prompts, this call brings {len(ids)}", "start a new cache"
@@ -325,9 +325,9 @@ class PromptPart:
 
     def _select(
         self, images: Sequence[Seen], features: Mapping[str, list[Tensor]], record: Record
-    ) -> list[Selection | None]:
-        """Run the methods of site 0 in order; each sees what the one before left."""
-        done: list[Selection | None] = [None] * len(images)
+    ) -> list[Tensor]:
+        """Run the methods of site 0 in order; each sees what the one before left. Return the tokens that stay."""
+        done = [seen.origin for seen in images]
         for place, method in enumerate(self._methods):
             captured = self._captured(place, method, features, record)
             evidences = []
@@ -335,12 +335,14 @@ class PromptPart:
                 rows: dict[str, Any] = {name: values[seen.number][seen.origin] for name, values in captured.items()}
                 evidences.append(dataclasses.replace(seen.evidence, **rows))
             for i, selection in enumerate(select_all(method, evidences, 0)):
+                if selection.stay is not None:
+                    really = Selection(keep=selection.stay.nonzero()[:, 0])
+                    selection = compose(dataclasses.replace(selection, stay=None), really)
                 seen, keep = images[i], selection.keep
-                keep = keep if selection.stay is None else keep[selection.stay]
                 seen.stages.append(Stage(0, method.name, seen.origin, seen.origin[keep], selection))
                 seen.origin = seen.origin[keep]
-                seen.evidence = seen.evidence.subset(dataclasses.replace(selection, keep=keep))
-                done[i] = dataclasses.replace(selection, keep=seen.origin)
+                seen.evidence = seen.evidence.subset(selection)
+                done[i] = seen.origin
         for seen in images:
             seen.evidence = dataclasses.replace(seen.evidence, total=len(seen.origin))
         return done

@@ -46,7 +46,7 @@ class Layout:
     """
 
     length: int
-    text: tuple[Int[Tensor, " t"], ...]
+    text: tuple[Int[Tensor, " _"], ...]
     spans: tuple[Span, ...]
 
     @property
@@ -74,7 +74,7 @@ class Layout:
         ]
         return Layout(self.length, text, tuple(spans))
 
-    def shortened(self, keeps: Sequence[Int[Tensor, " k"]]) -> tuple[Layout, Plan]:
+    def shortened(self, keeps: Sequence[Int[Tensor, " _"]]) -> tuple[Layout, Plan]:
         """Return the layout in which span i holds only its tokens ``keeps[i]``, and the plan that leads there."""
         kept = [span.positions[keep.cpu()] for span, keep in zip(self.spans, keeps, strict=True)]
         plan = make_plan(merge_rows(self.text, self.spans, kept))
@@ -159,8 +159,8 @@ def find(
 
 
 def merge_rows(
-    text: Sequence[Tensor], spans: Sequence[Span], kept: Sequence[Int[Tensor, " k"]]
-) -> list[Int[Tensor, " s"]]:
+    text: Sequence[Tensor], spans: Sequence[Span], kept: Sequence[Int[Tensor, " _"]]
+) -> list[Int[Tensor, " _"]]:
     """Return for each row the sorted positions of its text and of the kept tokens of its images."""
     pieces = [[t] for t in text]
     for span, positions in zip(spans, kept, strict=True):
@@ -168,7 +168,7 @@ def merge_rows(
     return [torch.cat([piece.to(row[-1].device) for piece in row]).sort().values for row in pieces]
 
 
-def make_plan(rows: Sequence[Int[Tensor, " s"]]) -> Plan:
+def make_plan(rows: Sequence[Int[Tensor, " _"]]) -> Plan:
     """Right-align rows of positions; the last column is always the last real token."""
     length = max(len(row) for row in rows)
     if not all(len(row) for row in rows):

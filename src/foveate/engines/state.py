@@ -143,7 +143,6 @@ def _image_report(index: int, seen: Seen, layers: int) -> ImageReport:
             if stage.site == layer:
                 alive = len(stage.kept)
         counts.append(alive)
-    merged = [s.selection.merged_into for s in seen.stages if s.site == 0 and s.selection.merged_into is not None]
     return ImageReport(
         row=seen.row,
         index=index,
@@ -152,8 +151,25 @@ def _image_report(index: int, seen: Seen, layers: int) -> ImageReport:
         tokens=seen.tokens,
         stages=tuple(_stage_report(stage) for stage in seen.stages),
         alive=tuple(counts),
-        merged_into=tuple(merged[-1].tolist()) if merged else None,
+        merged_into=_merged_into(seen),
     )
+
+
+def _merged_into(seen: Seen) -> tuple[int, ...] | None:
+    """Follow each original token through the stages before the LLM, to its slot among those that entered it."""
+    stages = [stage for stage in seen.stages if stage.site == 0]
+    if all(stage.selection.merged_into is None for stage in stages):
+        return None
+    holder = dict(enumerate(range(seen.tokens)))  # which token carries it on
+    for stage in stages:
+        kept, slots = stage.kept.tolist(), stage.selection.merged_into
+        carries = {token: token for token in kept}
+        if slots is not None:
+            pairs = zip(stage.candidates.tolist(), slots.tolist(), strict=True)
+            carries = {token: kept[slot] for token, slot in pairs if slot >= 0}
+        holder = {token: carries[by] for token, by in holder.items() if by in carries}
+    slot = {token: i for i, token in enumerate(seen.origin.tolist())}
+    return tuple(slot[holder[token]] if token in holder else -1 for token in range(seen.tokens))
 
 
 def _stage_report(stage: Stage) -> StageReport:

@@ -7,9 +7,10 @@ the time to the first token and the time of each decode step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Sample:
         first: From the call to the first token: encode, select, prefill.
         cpu: CPU time of the process until the first token, all threads.
         steps: Each decode step after the first token.
+        steps_cpu: CPU time of the same.
         encode: The encoder (with what a method reads from it), where it can be told apart.
         prefill: The decoder's layers over the prompt.
         select: Selection by the report's clock.
@@ -42,12 +44,18 @@ class Sample:
     first: float
     cpu: float
     steps: list[float]
+    steps_cpu: list[float]
     encode: float | None = None
     prefill: float | None = None
     select: float | None = None
     fold: float | None = None
     attention: dict[str, float] = field(default_factory=dict)
     token: int = -1
+
+
+def clock() -> float:
+    """Seconds for short pieces: with one thread the CPU's, which other work on the machine does not lengthen."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Stamps(BaseStreamer):  # type: ignore[no-untyped-call,unused-ignore]
@@ -90,13 +98,13 @@ class Watch:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._start.setdefault(name, time.perf_counter())
+            self._start.setdefault(name, clock())
 
         return hook
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self.spent.setdefault(name, (time.perf_counter() - self._start[name]) * 1e3)
+            self.spent.setdefault(name, (clock() - self._start[name]) * 1e3)
 
         return hook
 
@@ -120,10 +128,10 @@ class Bench:
         self.watched: dict[str, nn.Module] = {}
 
     @property
-    def encoder_layers(self) -> Sequence[nn.Module]:
+    def encoder_layers(self) -> nn.ModuleList:
         """The layers of the vision tower."""
         tower = self.model.model.vision_tower
-        layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
+        layers: nn.ModuleList = getattr(tower, "vision_model", tower).encoder.layers
         return layers
 
     def tapped(self, spec: str) -> dict[str, nn.Module]:
@@ -161,12 +169,10 @@ class Bench:
         """The model compressed by a method. Attaching is done once and is not in the time."""
         opened: list[float] = []
         folds: list[float] = []
-        hooks = [
-            layer.register_forward_hook(lambda *_: opened.append(time.perf_counter())) for layer in self.encoder_layers
-        ]
+        hooks = [layer.register_forward_hook(lambda *_: opened.append(clock())) for layer in self.encoder_layers]
         with Watch(self.watched).attached() as watch, foveate.compress(self.model, spec) as handle:
             hooks += [
-                layer.register_forward_hook(lambda *_: folds.append(time.perf_counter() - opened[-1]))
+                layer.register_forward_hook(lambda *_: folds.append(clock() - opened[-1]))
                 for layer in self.encoder_layers
             ]
             try:
@@ -221,11 +227,11 @@ class Bench:
         prefill = (time.perf_counter() - entered) * 1e3
         token = self.model.lm_head(hidden[:, -1:])[:, -1].float().argmax(-1, keepdim=True)
         first, spent = (time.perf_counter() - start) * 1e3, (time.process_time() - cpu) * 1e3
-        sample = Sample(first, spent, [], encode, prefill, token=int(token))
+        sample = Sample(first, spent, [], [], encode, prefill, token=int(token))
         if self.steps:
             ids = torch.cat([self.ids, token], 1)
             rest = self._generate(time.perf_counter(), ids, self.steps, past_key_values=cache)
-            sample.steps = rest.steps
+            sample.steps, sample.steps_cpu = rest.steps, rest.steps_cpu
         return sample
 
     def _generate(self, start: float, ids: Tensor, steps: int, cpu: float | None = None, **arguments: Any) -> Sample:
@@ -243,6 +249,7 @@ class Bench:
         return Sample(
             first=(stamps.wall[1] - start) * 1e3,
             cpu=(stamps.cpu[1] - cpu) * 1e3,
-            steps=[(b - a) * 1e3 for a, b in zip(stamps.wall[1:], stamps.wall[2:], strict=False)],
+            steps=[(b - a) * 1e3 for a, b in pairwise(stamps.wall[1:])],
+            steps_cpu=[(b - a) * 1e3 for a, b in pairwise(stamps.cpu[1:])],
             token=stamps.tokens[1],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Shape:
         tower = self.vision_layers * (2 * n * 12 * v * v + 4 * n * n * v) + 2 * n * 3 * self.patch**2 * v
         return (tower + 2 * self.tokens * (v * d + d * d)) / 1e9
 
-    def prefill_gflop(self, visual: float) -> float:
+    def prefill_gflop(self, visual: float | int) -> float:
         """Operations of the decoder over the prompt: 2 n (4 d^2 + 3 d h) + 4 n^2 d per layer, and one row of logits.
 
         Args:
@@ -73,7 +74,7 @@ class Shape:
         layer = 2 * n * (4 * d * d + 3 * d * h) + 4 * n * n * d
         return (self.layers * layer + 2 * d * self.vocabulary) / 1e9
 
-    def first_token_gflop(self, visual: float) -> float:
+    def first_token_gflop(self, visual: float | int) -> float:
         """Operations until the first token."""
         return self.encode_gflop() + self.prefill_gflop(visual)
 
@@ -119,16 +120,18 @@ def build(shape: Shape, dtype: torch.dtype, attention: str, seed: int) -> LlavaF
         max_position_embeddings=4096,
         pad_token_id=0,
     )
-    config = LlavaConfig(
+    config: Any = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=shape.image_token,
+        image_token_id=shape.image_token,  # type: ignore[call-arg,unused-ignore]  # the field as it is saved
         image_seq_length=shape.tokens,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype).eval()
+    model: LlavaForConditionalGeneration = LlavaForConditionalGeneration._from_config(
+        config, attn_implementation=attention, dtype=dtype
+    ).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

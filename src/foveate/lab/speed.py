@@ -8,7 +8,6 @@ within a round. See docs/speed.md for what each number means.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import gc
 import json
@@ -24,57 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import foveate
 from foveate.lab.arms import Bench, Sample
 from foveate.lab.environment import environment, load
-from foveate.lab.paired import Estimate, Spread, ratios
-from foveate.lab.shapes import SHAPES, Shape, build
+from foveate.lab.paired import Estimate, ratios
+from foveate.lab.rows import BOUNDS, CUT, Row, table, write
+from foveate.lab.shapes import SHAPES, build
 
 METHODS = ("evocut", "todre:exit=none", "todre", "adav", "random", "grid", "pool", "v2drop")
-
-#: Upper bounds: time to first token by the reference's, share of the selection, decode step by the reference's.
-OVERHEAD, INNER_OVERHEAD, SELECTION, DECODE = 1.05, 1.08, 0.02, 1.03
-
-CUT = "hand-cut "
-
-
-@dataclass
-class Row:
-    """One metric of one arm: what was measured, and how it compares."""
-
-    arm: str
-    metric: str
-    unit: str
-    values: list[float]
-    against: str = ""
-    ratio: Estimate | None = None
-    target: float | None = None
-    met: str = ""
-
-    def cells(self) -> dict[str, str]:
-        """Return the row's own columns; a ratio that means nothing is left out."""
-        spread = Spread.of(self.values)
-        ratio = self.ratio if self.ratio is not None and self.ratio.resolved else None
-        return {
-            "arm": self.arm,
-            "metric": self.metric,
-            "unit": self.unit,
-            "median": f"{spread.median:.6g}",
-            "quartile_low": f"{spread.low:.6g}",
-            "quartile_high": f"{spread.high:.6g}",
-            "rounds": str(len(self.values)),
-            "against": self.against,
-            "ratio": "" if ratio is None else f"{ratio.value:.4f}",
-            "ratio_low": "" if ratio is None else f"{ratio.low:.4f}",
-            "ratio_high": "" if ratio is None else f"{ratio.high:.4f}",
-            "target": "" if self.target is None else str(self.target),
-            "met": self.met,
-            "samples": ";".join(f"{value:.6g}" for value in self.values),
-        }
 
 
 @dataclass
@@ -103,9 +61,10 @@ class Plan:
             modules = bench.tapped(spec)
             plan.tapped[spec] = list(modules)
             bench.watched |= modules
+        steps, bench.steps = bench.steps, 0
         for spec in specs:
             sample, report = bench.method(spec)
-            plan.alive[spec] = report.mean_alive
+            plan.alive[spec] = float(report.mean_alive)
             plan.even[spec] = len(set(report.images[0].alive)) == 1
             if report.images[0].alive[0] == bench.shape.tokens:
                 plan.cuts[spec] = bench.columns(report)
@@ -113,6 +72,7 @@ class Plan:
                     raise RuntimeError(f"the model cut by hand to the schedule of {spec} answers otherwise")
             elif report.images[0].alive[0] != bench.keep:
                 raise RuntimeError(f"{spec} keeps {report.images[0].alive[0]} tokens, the ideal {bench.keep}")
+        bench.steps = steps
         return plan
 
     def reference(self, spec: str) -> str:
@@ -150,27 +110,36 @@ def measure(
 
 def compare(plan: Plan, samples: dict[str, list[Sample]]) -> list[Row]:
     """Return what the samples say, arm by arm."""
-    rows = []
+    rows: list[Row] = []
     for arm, runs in samples.items():
-        first = Row(arm, "first_token", "ms", [run.first for run in runs])
-        rows += [first, Row(arm, "first_token_cpu", "ms", [run.cpu for run in runs])]
-        for name in ("encode", "prefill"):
-            values = [value for run in runs if (value := getattr(run, name)) is not None]
-            rows += [Row(arm, name, "ms", values)] if values else []
-        steps = [statistics.median(run.steps) for run in runs if run.steps]
-        step = Row(arm, "decode_step", "ms", steps)
-        rows += [step] if steps else []
-        if arm not in plan.specs:
-            continue
-        like, inner = samples[plan.reference(arm)], arm in plan.cuts
-        _judge(first, plan.reference(arm), [run.first for run in like], INNER_OVERHEAD if inner else OVERHEAD)
-        if steps and (inner or plan.even[arm]):
-            _judge(step, plan.reference(arm), [statistics.median(run.steps) for run in like], DECODE)
-        if inner:
-            prefill = next(row for row in rows if (row.arm, row.metric) == (arm, "prefill"))
-            _judge(prefill, plan.reference(arm), [run.prefill or 0.0 for run in like], INNER_OVERHEAD)
-        rows += _selection(plan, arm, runs, samples["ideal"])
+        series = {(arm, metric): Row(arm, metric, "ms", values) for metric, values in _series(runs).items()}
+        if arm in plan.specs:
+            reference, inner = plan.reference(arm), arm in plan.cuts
+            like = _series(samples[reference])
+            judged = dict.fromkeys(("first_token", "first_token_cpu"), BOUNDS.inner if inner else BOUNDS.overhead)
+            if inner:
+                judged["prefill"] = BOUNDS.inner
+            if inner or plan.even[arm]:
+                judged |= dict.fromkeys(("decode_step", "decode_step_cpu"), BOUNDS.decode)
+            for metric, target in judged.items():
+                if (arm, metric) in series:
+                    _judge(series[arm, metric], reference, like[metric], target)
+            rows += _selection(plan, arm, runs, samples["ideal"])
+        rows += series.values()
     return rows
+
+
+def _series(runs: list[Sample]) -> dict[str, list[float]]:
+    """Return the values per round of what was measured directly."""
+    values = {
+        "first_token": [run.first for run in runs],
+        "first_token_cpu": [run.cpu for run in runs],
+        "encode": [run.encode for run in runs if run.encode is not None],
+        "prefill": [run.prefill for run in runs if run.prefill is not None],
+        "decode_step": [statistics.median(run.steps) for run in runs if run.steps],
+        "decode_step_cpu": [statistics.median(run.steps_cpu) for run in runs if run.steps_cpu],
+    }
+    return {name: each for name, each in values.items() if each}
 
 
 def _judge(row: Row, against: str, reference: list[float], target: float) -> None:
@@ -183,13 +152,14 @@ def _selection(plan: Plan, arm: str, runs: list[Sample], ideal: list[Sample]) ->
     select = [run.select or 0.0 for run in runs]
     fold = [run.fold or 0.0 for run in runs]
     taps = [
-        sum(run.attention[name] - other.attention[name] for name in plan.tapped[arm])
+        math.fsum(run.attention[name] - other.attention[name] for name in plan.tapped[arm])
         for run, other in zip(runs, ideal, strict=True)
     ]
-    whole = [sum(parts) for parts in zip(select, fold, taps, strict=True)]
-    row = Row(arm, "selection", "ms", whole, "first_token", target=SELECTION)
-    row.ratio = Estimate.of(ratios(whole, [run.first for run in runs]))
-    row.met = row.ratio.meets(SELECTION)
+    whole = [math.fsum(parts) for parts in zip(select, fold, taps, strict=True)]
+    row = Row(arm, "selection", "ms", whole, "first_token", target=BOUNDS.selection)
+    alone = torch.get_num_threads() == 1
+    row.ratio = Estimate.of(ratios(whole, [run.cpu if alone else run.first for run in runs]))
+    row.met = row.ratio.meets(BOUNDS.selection)
     return [Row(arm, "select", "ms", select), Row(arm, "fold", "ms", fold), Row(arm, "tap", "ms", taps), row]
 
 
@@ -235,67 +205,9 @@ def memory(arms: Sequence[str], command: Sequence[str], say: Callable[[str], Non
     for row in rows:
         if row.metric == "peak_memory" and row.arm != "full":
             ratio = row.values[0] / full
-            row.against, row.target, row.ratio = "full", 1.0, Estimate(ratio, ratio, ratio)
-            row.met = "yes" if ratio <= 1.0 else "no"
+            row.against, row.target, row.ratio = "full", BOUNDS.memory, Estimate(ratio, ratio, ratio)
+            row.met = "yes" if ratio <= BOUNDS.memory else "no"
     return rows
-
-
-# -- output
-
-
-def write(path: Path, rows: Sequence[Row], constant: dict[str, str]) -> None:
-    """Write one line per metric and arm; each carries everything that is needed to judge it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0].cells(), *constant], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row.cells(), **constant} for row in rows)
-
-
-def table(rows: Sequence[Row], shape: Shape, plan: Plan) -> Table:
-    """Return the figures and targets, one line per arm."""
-    by = {(row.arm, row.metric): row for row in rows}
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in (
-        "arm",
-        "first token, ms (quartiles)",
-        "full / it\n(by FLOP)",
-        f"it / reference\n<= {OVERHEAD}, v2drop {INNER_OVERHEAD}",
-        f"selection\n<= {SELECTION:.0%} of first token",
-        f"decode step / reference's\n<= {DECODE}",
-        "peak MiB\n<= full",
-    ):
-        out.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading == "arm")
-    full = Spread.of(by["full", "first_token"].values)
-    for arm in arms:
-        first = Spread.of(by[arm, "first_token"].values)
-        alive = plan.alive.get(arm.removeprefix(CUT), float(shape.tokens))
-        alive = min(plan.alive.values(), default=alive) if arm == "ideal" else alive
-        flop = shape.first_token_gflop(shape.tokens) / shape.first_token_gflop(alive)
-        gain = "overlap" if first.overlaps(full) else f"{full.median / first.median:.2f}"
-        memory_row = by.get((arm, "peak_memory"))
-        out.add_row(
-            arm,
-            f"{first.median:.0f} ({first.low:.0f}-{first.high:.0f})",
-            "" if arm == "full" else f"{gain} ({flop:.2f})",
-            _cell(by.get((arm, "first_token"))),
-            _cell(by.get((arm, "selection")), percent=True),
-            _cell(by.get((arm, "decode_step"))),
-            "" if memory_row is None else f"{memory_row.values[0]:.0f} {memory_row.met}",
-        )
-    return out
-
-
-def _cell(row: Row | None, percent: bool = False) -> str:
-    if row is None or row.ratio is None:
-        return ""
-    value, low, high = row.ratio.value, row.ratio.low, row.ratio.high
-    if not row.ratio.resolved:
-        return "unresolved: spread too wide"
-    if percent:
-        return f"{value:.1%} [{low:.1%}, {high:.1%}] {row.met}"
-    return f"{value:.3f} [{low:.3f}, {high:.3f}] {row.met}"
 
 
 # -- the command
@@ -313,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.quiet:
             console.log(line, _stack_offset=2)
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     model = build(shape, getattr(torch, options.dtype), "sdpa", options.seed)
     bench = Bench(model, shape, options.keep, options.steps, options.seed)
     if options.memory_of is not None:
@@ -342,11 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.memory:
         command = ["--shape", options.shape, "--layers", shape.layers, "--width", shape.width, "--keep", options.keep]
         command += ["--dtype", options.dtype, "--seed", options.seed, "--steps", options.steps]
+        command += ["--threads", torch.get_num_threads()]
         rows += memory(["full", "ideal", *specs], list(map(str, command)), say)
     if options.out is not None:
         write(options.out, rows, constant)
     wide = Console(width=160)
-    wide.print(table(rows, shape, plan))
+    wide.print(table(rows, shape, plan.alive, BOUNDS))
     wide.print(f"{' '.join(f'{name}={value}' for name, value in constant.items())}", highlight=False, soft_wrap=True)
 
 
@@ -370,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no round after so long (but do three)")
     parser.add_argument("--steps", type=int, default=8, help="decode steps after the first token")
+    parser.add_argument("--threads", type=int, help="threads of torch; on a busy machine take 1 and read CPU times")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory of each arm")
     parser.add_argument("--out", type=Path, default=Path("results/speed.csv"))

@@ -133,5 +133,5 @@ class ToDRE(Composite):
         )
         if self.exit is None:
             return (first,)
-        second = ToDREExit(exit=self.exit, tau=self.tau, positions=self.positions)
+        second = ToDREExit(exit=self.exit, tau=self.tau)  # inside the LLM keys have their positions already
         return (second,) if isinstance(self.keep, float) and self.keep == 1.0 else (first, second)
