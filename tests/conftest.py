@@ -13,9 +13,11 @@ os.environ.setdefault("COLUMNS", "120")
 
 import jaxtyping
 
+import tests.typecheck  # noqa: F401 - jaxtyping asks for it by name
+
 # Every shape annotation of foveate is checked at run time, so the hook has to come before its first import.
 assert not any(name == "foveate" or name.startswith("foveate.") for name in sys.modules)
-jaxtyping.install_import_hook("foveate", "beartype.beartype")
+jaxtyping.install_import_hook("foveate", "tests.typecheck.checked")
 
 import pytest
 import torch

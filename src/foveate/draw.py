@@ -44,6 +44,7 @@ def kept(
     *,
     scores: Sequence[float] | None = None,
     life: Sequence[float] | None = None,
+    merged_into: Sequence[int] | None = None,
     crop: bool = False,
 ) -> Image.Image:
     """Return the picture with kept cells crisp and outlined, the others dimmed and grey.
@@ -54,13 +55,15 @@ def kept(
         kept: Tokens that stayed, as indices into the grid in reading order.
         scores: One per token of the grid; when given, each kept cell is boxed in its score's colour.
         life: One share in 0..1 per token of the grid; when given, a dropped cell is the brighter the larger its share.
+        merged_into: One slot per token of the grid, -1 for none; when given, cells of one slot share one outline.
         crop: The processor cut the picture to its central square before it made tokens.
 
     Raises:
         ValueError: If an index lies outside the grid, or a sequence has another length than the grid.
     """
     n = math.prod(grid)
-    stays = set(kept)
+    slots = [0] * n if merged_into is None else [int(slot) for slot in _per_token(merged_into, n, "merged_into")]
+    stays = set(kept) if merged_into is None else {token for token, slot in enumerate(slots) if slot >= 0}
     if stays and not (min(stays) >= 0 and max(stays) < n):
         raise ValueError(f"kept holds an index outside range({n}), the tokens of the grid {grid}")
     light = [0.0] * n if life is None else [0.85 * share for share in _per_token(life, n, "life")]
@@ -76,7 +79,7 @@ def kept(
         mask = Image.new("L", panel.size)
         mask.paste(_cells(values, rows, columns, box), box[:2])
         panel = Image.composite(panel, dark, mask)
-        inside = {token - frame for token in stays if frame <= token < frame + rows * columns}
+        inside = {token - frame: slots[token] for token in stays if frame <= token < frame + rows * columns}
         if colours is None:
             _contour(panel, box, rows, columns, inside)
         else:
@@ -127,7 +130,7 @@ def tokens(image: Picture, report: ImageReport, *, crop: bool = False) -> Image.
     longest = max(lives, default=0.0)
     last = [token for token, life in enumerate(lives) if life == longest and life > 0]
     life = [share / longest if longest else 0.0 for share in lives]
-    return kept(image, report.grid, last, life=life, crop=crop)
+    return kept(image, report.grid, last, life=life, merged_into=report.merged_into, crop=crop)
 
 
 def alive(report: Report, *, size: tuple[int, int] = (560, 240)) -> Image.Image:
@@ -278,25 +281,27 @@ def _edges(start: int, end: int, cells: int) -> list[int]:
     return [start + math.ceil(cell * (end - start) / cells - 0.5) for cell in range(cells + 1)]
 
 
-def _contour(picture: Image.Image, box: tuple[int, int, int, int], rows: int, columns: int, inside: set[int]) -> None:
-    """Draw a line around the kept cells, only where they meet other cells or the border."""
+def _contour(
+    picture: Image.Image, box: tuple[int, int, int, int], rows: int, columns: int, inside: dict[int, int]
+) -> None:
+    """Draw a line around the kept cells of each slot, only where they meet other cells or the border."""
     pen = ImageDraw.Draw(picture)
     xs, ys = _edges(box[0], box[2], columns), _edges(box[1], box[3], rows)
     thick = max(1, round(min((box[2] - box[0]) / columns, (box[3] - box[1]) / rows) / 12))
 
-    def holds(row: int, column: int) -> bool:
-        return 0 <= row < rows and 0 <= column < columns and row * columns + column in inside
+    def same(row: int, column: int, slot: int) -> bool:
+        return 0 <= row < rows and 0 <= column < columns and inside.get(row * columns + column) == slot
 
-    for token in inside:
+    for token, slot in inside.items():
         row, column = divmod(token, columns)
         left, right, top, bottom = xs[column], xs[column + 1] - 1, ys[row], ys[row + 1] - 1
-        if not holds(row - 1, column):
+        if not same(row - 1, column, slot):
             pen.rectangle((left, top, right, top + thick - 1), _OUTLINE)
-        if not holds(row + 1, column):
+        if not same(row + 1, column, slot):
             pen.rectangle((left, bottom - thick + 1, right, bottom), _OUTLINE)
-        if not holds(row, column - 1):
+        if not same(row, column - 1, slot):
             pen.rectangle((left, top, left + thick - 1, bottom), _OUTLINE)
-        if not holds(row, column + 1):
+        if not same(row, column + 1, slot):
             pen.rectangle((right - thick + 1, top, right, bottom), _OUTLINE)
 
 

@@ -184,6 +184,8 @@ class Report:
             raise ValueError(f"not a foveate report of format {_FORMAT}, got format {data.get('format')!r}")
         fields = _fields(cls, {key: value for key, value in data.items() if key != "format"})
         fields["images"] = tuple(_image(image) for image in fields["images"])
+        for name in ("encode_ms", "select_ms", "prefill_ms"):
+            fields[name] = None if fields[name] is None else _number(fields[name])
         return cls(**fields)
 
     @classmethod
@@ -309,12 +311,6 @@ def _number(value: float | str) -> float:
     return _NON_FINITE[value] if isinstance(value, str) else float(value)
 
 
-def _optional(values: Sequence[Any] | None, kind: type = int) -> tuple[Any, ...] | None:
-    if values is None:
-        return None
-    return tuple(map(_number, values)) if kind is float else tuple(values)
-
-
 def _fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``data`` with lists as tuples, after checking that it has exactly the fields of ``cls``."""
     names = [f.name for f in dataclasses.fields(cls)]
@@ -332,6 +328,6 @@ def _image(data: Mapping[str, Any]) -> ImageReport:
 
 def _stage(data: Mapping[str, Any]) -> StageReport:
     fields = _fields(StageReport, data)
-    fields["scores"] = _optional(fields["scores"], float)
+    fields["scores"] = None if fields["scores"] is None else tuple(map(_number, fields["scores"]))
     fields["measures"] = {name: _number(value) for name, value in fields["measures"].items()}
     return StageReport(**fields)

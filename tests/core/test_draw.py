@@ -54,6 +54,13 @@ def test_exactly_the_kept_cells_shine(rows: int, columns: int, data: st.DataObje
     assert shining == kept
 
 
+def test_merged_cells_share_an_outline_and_stay_bright() -> None:
+    picture = draw.kept(red(400, 400), (1, 2, 2), [0, 2], merged_into=[0, 0, 1, -1])
+    assert [centre(picture, (2, 2), *divmod(token, 2)) == RED for token in range(4)] == [True, True, True, False]
+    assert picture.getpixel((199, 100)) == picture.getpixel((200, 100)) == RED
+    assert picture.getpixel((100, 199)) != RED
+
+
 def test_small_pictures_are_enlarged_and_large_ones_left_alone() -> None:
     assert min(draw.kept(red(20, 10), (1, 2, 2), []).size) == 336
     assert draw.kept(red(336, 336), (1, 48, 48), []).size == (672, 672)

@@ -145,6 +145,7 @@ def demo(
     picture = Image.open(bundle.PICTURE).convert("RGB")
     arms: dict[str, list[Arm]] = {"all tokens": []}
     panels: dict[str, Image.Image] = {"all tokens": picture}
+    score_map = picture
     for i, (question, truth) in enumerate(bundle.QUESTIONS):
         typer.echo(f"{i + 1}. {question} ({truth})")
         inputs = prepare(network, processor, picture, question)
@@ -153,6 +154,9 @@ def demo(
             timed, report = ask(network, processor, inputs, from_spec(spec), 8)
             arms.setdefault(spec, []).append(Arm.of(timed, report))
             panels.setdefault(spec, report.draw(picture, crop=crops(processor)))
+            scores = report.images[0].scores()
+            if i == 0 and spec == DEMO_METHODS[0] and scores is not None:
+                score_map = draw.heat(picture, report.images[0].grid, scores, crop=crops(processor))
         arms["all tokens"].append(Arm.of(plain, report, compressed=False))
     truths = [truth for _, truth in bundle.QUESTIONS]
     table = _table("", *(f"answer {i + 1}" for i in range(len(truths))), "per layer", "first token", "KV cache")
@@ -165,8 +169,10 @@ def demo(
         table.add_row(name, *map(escape, said), mean, f"{first:.0f} ms", f"{kv:.2f} MiB")
         items.append((f"{name}\n{mean} tokens per layer\n{', '.join(said)}", panels[name]))
     _print(table)
-    heading = "\n".join(f"{i + 1}. {question} ({truth})" for i, (question, truth) in enumerate(bundle.QUESTIONS))
-    draw.sheet(items, 3, heading=heading).save(out / "kept.png")
+    items.append((f"scores of {DEMO_METHODS[0]}\nyellow = keep", score_map))
+    heading = [f"{i + 1}. {question} ({truth})" for i, (question, truth) in enumerate(bundle.QUESTIONS)]
+    heading.append("Outlined tokens are read longest; of the others, the sooner dropped, the darker (question 1).")
+    draw.sheet(items, 3, heading="\n".join(heading)).save(out / "kept.png")
     _note("per layer = mean visual tokens per decoder layer; a wrong answer is marked with (x)")
     _note(f"first token = encode + select + prefill, median of the questions, {conditions(network)}")
     typer.echo(f"what each method kept for question 1: {out / 'kept.png'}")
@@ -227,8 +233,8 @@ def _mark(answer: str, truth: str) -> str:
 
 def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=place == 0)
     return table
 
 

@@ -83,7 +83,10 @@ class Plan:
 def measure(
     bench: Bench, plan: Plan, options: argparse.Namespace, say: Callable[[str], None]
 ) -> dict[str, list[Sample]]:
-    """Return the samples of each arm, one per round; every round has every arm, in a random order."""
+    """Return the samples of each arm, one per round; every round has every arm, in a random order.
+
+    Ctrl-C after three rounds ends the rounds; what is complete counts.
+    """
     repeats, warmup = options.repeats, options.warmup
     arms: dict[str, Callable[[], Sample]] = {"full": bench.full, "ideal": bench.ideal}
     for spec in plan.specs:
@@ -93,19 +96,26 @@ def measure(
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     order, shuffle = list(arms), random.Random(options.seed)
     start = time.monotonic()
-    for turn in range(warmup + repeats):
-        if turn == warmup:
-            start = time.monotonic()
-        if turn >= warmup + 3 and time.monotonic() - start > options.seconds:
-            break
-        shuffle.shuffle(order)
-        for name in order:
-            gc.collect()
-            sample = arms[name]()
-            if turn >= warmup:
-                samples[name].append(sample)
-        say(f"round {turn + 1 - warmup} of {repeats}, load {load()}" if turn >= warmup else "warm-up round done")
-    return samples
+    done = 0
+    try:
+        for turn in range(warmup + repeats):
+            if turn == warmup:
+                start = time.monotonic()
+            if done >= 3 and time.monotonic() - start > options.seconds:
+                break
+            shuffle.shuffle(order)
+            for name in order:
+                gc.collect()
+                sample = arms[name]()
+                if turn >= warmup:
+                    samples[name].append(sample)
+            done = max(0, turn + 1 - warmup)
+            say(f"round {done} of {repeats}, load {load()}" if done else "warm-up round done")
+    except KeyboardInterrupt:
+        if done < 3:
+            raise
+        say(f"interrupted after {done} rounds")
+    return {name: runs[:done] for name, runs in samples.items()}
 
 
 def compare(plan: Plan, samples: dict[str, list[Sample]]) -> list[Row]:
@@ -167,15 +177,14 @@ def _selection(plan: Plan, arm: str, runs: list[Sample], ideal: list[Sample]) ->
 
 
 def peak(bench: Bench, arm: str) -> dict[str, float]:
-    """Return the process's resident MiB before an arm runs and its peak while it runs twice."""
+    """Return the process's resident MiB before an arm runs and its peak while it runs."""
     gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
         before = _high_water()
     except OSError:
         before = 0.0
-    for _ in range(2):
-        bench.full() if arm == "full" else bench.ideal() if arm == "ideal" else bench.method(arm)
+    bench.full() if arm == "full" else bench.ideal() if arm == "ideal" else bench.method(arm)
     return {"before": before, "peak": _high_water()}
 
 
