@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# Processes that share the tests.
+WORKERS ?= 2
+
 # The plain `torch` wheel on Linux brings gigabytes of CUDA. Without a GPU, take the CPU build:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -15,7 +18,7 @@ demo: $(READY) ## answer three questions about a picture, with all 576 visual to
 	$(BIN)/foveate demo --out demo-out
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(READY) ## lint, format, types, layers, and that generated docs are fresh
 	$(BIN)/ruff check .

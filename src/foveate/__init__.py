@@ -1,32 +1,32 @@
 """foveate: vision-language models read with a fraction of their visual tokens, training-free, on stock transformers.
 
-``import foveate`` imports torch and no transformers; the engines come with the first call of `compress` or `verify`.
+Every name is imported when it is first used, so that ``import foveate`` costs nothing.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from foveate.core import Chain, Evidence, Method, PromptMethod, Selection
-from foveate.errors import (
-    BudgetError,
-    ContractError,
-    FoveateError,
-    MissingDependency,
-    MissingEvidence,
-    NothingCompressed,
-    UnknownMethod,
-    UnsupportedCall,
-    UnsupportedMethod,
-    UnsupportedModel,
-)
-from foveate.methods import AdaV, EvoCut, Grid, Pool, Random, ToDRE, V2Drop
-from foveate.registry import from_spec, register, to_spec
-from foveate.report import Report
-
 if TYPE_CHECKING:
+    from foveate.core import Chain, Evidence, Method, PromptMethod, Selection
     from foveate.engines.base import Handle, compress
-    from foveate.engines.verify import verify
+    from foveate.engines.verify import Verification, verify
+    from foveate.errors import (
+        BudgetError,
+        ContractError,
+        FoveateError,
+        MissingDependency,
+        MissingEvidence,
+        NothingCompressed,
+        UnknownMethod,
+        UnsupportedCall,
+        UnsupportedMethod,
+        UnsupportedModel,
+    )
+    from foveate.methods import AdaV, EvoCut, Grid, Pool, Random, ToDRE, V2Drop
+    from foveate.registry import from_spec, register, to_spec
+    from foveate.report import Report
 
 __version__ = "0.1.0"
 
@@ -55,6 +55,7 @@ __all__ = [
     "UnsupportedMethod",
     "UnsupportedModel",
     "V2Drop",
+    "Verification",
     "compress",
     "from_spec",
     "register",
@@ -62,12 +63,24 @@ __all__ = [
     "verify",
 ]
 
-_LAZY = {"Handle": "base", "compress": "base", "verify": "verify"}
+_HOME = {
+    "core": ("Chain", "Evidence", "Method", "PromptMethod", "Selection"),
+    "engines.base": ("Handle", "compress"),
+    "engines.verify": ("Verification", "verify"),
+    "methods": ("AdaV", "EvoCut", "Grid", "Pool", "Random", "ToDRE", "V2Drop"),
+    "registry": ("from_spec", "register", "to_spec"),
+    "report": ("Report",),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module 'foveate' has no attribute {name!r}")
-    import importlib
+    value = getattr(importlib.import_module(f"foveate.{_MODULE.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
 
-    return getattr(importlib.import_module(f"foveate.engines.{_LAZY[name]}"), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,10 @@ Outsiders register through the entry-point group ``foveate.methods``; its values
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+import types
+import typing
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
@@ -36,14 +39,16 @@ def register(cls: M) -> M:
 
 
 @cache
-def _load_plugins() -> None:
+def _load() -> None:
+    """Import the built-in methods, by name because they lie above this layer, then those of other packages."""
+    importlib.import_module("foveate.methods")
     for point in entry_points(group="foveate.methods"):
         register(point.load())
 
 
 def names() -> tuple[str, ...]:
     """Return the names of all registered methods, built-in ones first."""
-    _load_plugins()
+    _load()
     return tuple(_METHODS)
 
 
@@ -53,7 +58,7 @@ def get(name: str) -> type[Method]:
     Raises:
         UnknownMethod: With the nearest names.
     """
-    _load_plugins()
+    _load()
     if name not in _METHODS:
         raise UnknownMethod(f"unknown method: {name!r}", did_you_mean(name, _METHODS))
     return _METHODS[name]
@@ -102,14 +107,18 @@ def _one(piece: str) -> Method:
     name, _, rest = piece.partition(":")
     cls = get(name.strip())
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    options: dict[str, Any] = {}
+    hints, options = typing.get_type_hints(cls), dict[str, Any]()
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
             raise BudgetError(f"an option is written key=value, got {item!r}", f"type `{name}:{_usage(known)}`")
         if key not in known:
             raise BudgetError(f"`{name}` has no option {key!r}", did_you_mean(key, known))
+        if key in options:
+            raise BudgetError(f"option {key!r} is given twice", "give it once")
         options[key] = _read(value)
+        if key != "keep" and not _fits(options[key], hints[key]):  # a wrong keep has a better error of its own
+            raise BudgetError(f"{key} must be {_kind(hints[key])}, got {value!r}", f"type `help(foveate.{cls.__name__})`")
     required = [key for key, f in known.items() if f.default is dataclasses.MISSING and key not in options]
     if required:
         raise BudgetError(f"`{name}` needs {', '.join(required)}", f"type `{name}:{_usage(known)}`")
@@ -121,9 +130,35 @@ def _usage(known: dict[str, dataclasses.Field[Any]]) -> str:
     return "keep=64" if "keep" in known else ",".join(f"{key}=..." for key in known)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an option's kind; an int may stand for a float, a bool for no number."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple:
+        each = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is Ellipsis else inner
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if hint is type(None):
+        return value is None
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+
+
+def _kind(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_kind(one) for one in inner))
+    if origin is typing.Literal:
+        return " or ".join(map(str, inner))
+    words = {float: "a number", int: "a whole number", bool: "true or false", type(None): "none", tuple: "3@0.5/17@0.3"}
+    return words.get(origin or hint, str(hint))
+
+
 def _read(text: str) -> Any:
     if "@" in text:
-        return tuple((int(site), _read(keep)) for site, _, keep in (s.partition("@") for s in text.split("/")))
+        return tuple((_read(site), _read(keep)) for site, _, keep in (s.partition("@") for s in text.split("/")))
     constants = {"true": True, "false": False, "none": None}
     if text.lower() in constants:
         return constants[text.lower()]

@@ -29,9 +29,9 @@ class First(PromptMethod):
 @pytest.fixture
 def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    registry._load_plugins.cache_clear()
+    registry._load.cache_clear()
     yield
-    registry._load_plugins.cache_clear()
+    registry._load.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,14 @@ def test_spaces_do_not_matter_and_a_plus_makes_a_chain() -> None:
         ("evocut:keep=-1", BudgetError, "keep must be at least 1 token, got -1", "keep=64"),
         ("evocut:keep=64.0", BudgetError, "a float keep is a fraction", "keep=64"),
         ("evocut:keep=many", BudgetError, "keep must be an int or a float, got 'many'", "keep=64"),
+        ("evocut:keep=4,keep=5", BudgetError, "option 'keep' is given twice", "once"),
+        ("evocut:keep=64,alpha=x", BudgetError, "alpha must be a number, got 'x'", "help(foveate.EvoCut)"),
+        ("evocut:keep=64,directions=2.5", BudgetError, "directions must be a whole number", "help(foveate.EvoCut)"),
+        ("evocut:keep=64,per=both", BudgetError, "per must be crop or global, got 'both'", "help(foveate.EvoCut)"),
+        ("adav:keep=64,compat=maybe", BudgetError, "compat must be true or false", "help(foveate.AdaV)"),
+        ("todre:keep=64,exit=abc", BudgetError, "exit must be a number or none", "help(foveate.ToDRE)"),
+        ("v2drop:stages=3", BudgetError, "stages must be 3@0.5/17@0.3 or none, got '3'", "help(foveate.V2Drop)"),
+        ("v2drop:stages=a@0.5", BudgetError, "stages must be 3@0.5/17@0.3 or none", "help(foveate.V2Drop)"),
         ("evocut:keep=", BudgetError, "keep must be an int or a float, got ''", "keep=64"),
     ],
 )

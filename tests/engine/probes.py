@@ -66,7 +66,7 @@ class Wrong(Method):
         return alive // 2
 
     def select(self, evidence: Evidence, site: int) -> Selection:
-        return Selection(keep=torch.tensor(self.answer(evidence.n)))
+        return Selection(keep=torch.tensor(self.answer(evidence.n), dtype=torch.long))
 
 
 def peek(at: int, *needs: str, together: bool = False, layer: Literal["feature", "last"] = "feature") -> Method:

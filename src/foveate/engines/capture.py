@@ -173,9 +173,9 @@ def tap(module: nn.Module, listen: Listener, attachment: Attachment) -> None:
     outer = ALL_ATTENTION_FUNCTIONS.get(implementation)
 
     def attention(
-        inner: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+        inner: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        listen(inner, query, key, attention_mask, kwargs.get("scaling"))
+        listen(module, query, key, attention_mask, kwargs.get("scaling"))
         kernel = outer or sys.modules[type(module).__module__].eager_attention_forward
         return kernel(_AsWas(inner, original), query, key, value, attention_mask, *args, **kwargs)
 
@@ -194,7 +194,7 @@ def tap(module: nn.Module, listen: Listener, attachment: Attachment) -> None:
 class _AsWas:
     """A module with its own config: flash kernels read the name of the implementation from it again."""
 
-    def __init__(self, module: nn.Module, config: Any) -> None:
+    def __init__(self, module: Any, config: Any) -> None:
         self._module, self.config = module, config
 
     def __getattr__(self, name: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -171,7 +171,7 @@ class DecoderPart:
                     "a hook or a patch between the layers changes the sequence; take it off",
                 )
             kwargs["position_embeddings"] = self._rotary(call, cutting, kwargs["position_embeddings"])
-            kwargs["attention_mask"] = self._prefill_mask(call, cutting, hidden, kwargs.get("attention_mask"), index)
+            kwargs["attention_mask"] = self._prefill_mask(call, cutting, hidden, kwargs, index)
         else:
             kwargs["attention_mask"] = self._decode_mask(call, cutting, hidden, kwargs.get("past_key_values"), index)
         return (hidden,), kwargs
@@ -321,13 +321,16 @@ class DecoderPart:
             call.memo[key] = (embeddings, taken)
         return call.memo[key][1]
 
-    def _prefill_mask(self, call: Call, cutting: Cutting, hidden: Tensor, mask: Any, index: int) -> Any:
+    def _prefill_mask(
+        self, call: Call, cutting: Cutting, hidden: Tensor, kwargs: Mapping[str, Any], index: int
+    ) -> Any:
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         key = ("prefill", cutting.first, id(mask))
         if key not in call.memo:
             if isinstance(mask, Tensor) and mask.dim() == 4:
                 made: Any = sequence.take_mask(mask, cutting.plan)
             else:
-                made = create_causal_mask(self._config, hidden, cutting.plan.valid, None, layer_idx=index)
+                made = create_causal_mask(self._config, hidden, cutting.plan.valid, cache, layer_idx=index)
             call.memo[key] = (mask, made)
         return call.memo[key][1]
 

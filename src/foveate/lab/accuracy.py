@@ -116,12 +116,12 @@ def read(log: Path) -> Iterator[dict[str, Any]]:
 
 def summarise(log: Path, chosen: Sequence[Arm]) -> list[dict[str, Any]]:
     """Return one row per arm: accuracy with Wilson's 95 % interval, mean tokens per layer, accuracy by type."""
-    lines = defaultdict(list)
+    lines: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in read(log):
-        lines[line["arm"]].append(line)
+        lines[line["arm"]][line["question"]] = line
     rows = []
     for arm in chosen:
-        mine = lines[arm.name]
+        mine = list(lines[arm.name].values())
         if not mine:
             continue
         score = Score(sum(line["right"] for line in mine), len(mine))
