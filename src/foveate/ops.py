@@ -64,16 +64,20 @@ def spherical_kmeans(rows: Float[Tensor, "n d"], k: int, iterations: int) -> Flo
     A group without rows keeps its centre. Of equal candidates the lowest index wins.
     """
     centre = rows.index_select(0, (rows @ rows.mean(0)).argmax()[None])[0]
-    centres, nearest = [centre], rows @ centre
+    centres, likeness = [centre], [rows @ centre]
+    nearest = likeness[0]
     for _ in range(k - 1):
         centre = rows.index_select(0, nearest.argmin()[None])[0]
         centres.append(centre)
-        nearest = torch.maximum(nearest, rows @ centre)
-    directions, groups = torch.stack(centres), torch.arange(k, device=rows.device)
-    for _ in range(iterations):
-        member = (rows @ directions.T).argmax(dim=1)[:, None] == groups
-        means = unit(member.to(rows.dtype).T @ rows)
-        directions = torch.where(member.any(dim=0)[:, None], means, directions)
+        likeness.append(rows @ centre)
+        nearest = torch.maximum(nearest, likeness[-1])
+    directions, groups = torch.stack(centres), torch.arange(k, device=rows.device)[:, None]
+    similar = torch.stack(likeness)  # of each row to the first centres: what the first iteration needs
+    for iteration in range(iterations):
+        similar = directions @ rows.T if iteration else similar
+        member = similar.argmax(dim=0) == groups
+        means = unit(member.to(rows.dtype) @ rows)
+        directions = torch.where(member.any(dim=1)[:, None], means, directions)
     return directions
 
 

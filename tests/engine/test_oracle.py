@@ -150,7 +150,9 @@ def test_the_exit_fires_in_one_row_and_not_in_the_other() -> None:
     assert differ(output.logits, oracle.logits(inputs, output.sequences, handle.report, "packed")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("options", [{}, NO_CACHE, {"cache_implementation": "static"}], ids=["dynamic", "none", "static"])
+@pytest.mark.parametrize(
+    "options", [{}, NO_CACHE, {"cache_implementation": "static"}], ids=["dynamic", "none", "static"]
+)
 @pytest.mark.parametrize("case", ["evocut", "todre exits", "v2drop to nothing", "evocut + v2drop", "ragged everywhere"])
 def test_beams_score_what_the_reference_scores(case: str, options: dict[str, Any]) -> None:
     (method, positions), (model, oracle), inputs = CASES[case], pair(), tiny_inputs()
@@ -216,7 +218,9 @@ def test_odd_prompts(name: str, spec: str, positions: str, masked: bool) -> None
     assert differ(output.logits, reference) <= TOLERANCE
 
 
-@pytest.mark.parametrize("spec", ["evocut:keep=5", "todre:keep=5,exit=0.5,tau=1.0", "v2drop:stages=2@0.5", "pool:keep=4"])
+@pytest.mark.parametrize(
+    "spec", ["evocut:keep=5", "todre:keep=5,exit=0.5,tau=1.0", "v2drop:stages=2@0.5", "pool:keep=4"]
+)
 def test_bfloat16_stays_near(spec: str) -> None:
     from tests.engine.oracle import Oracle, vivid
     from tests.models import tiny_llava
@@ -242,7 +246,9 @@ def test_a_plain_forward_returns_the_survivors_logits() -> None:
         with compress(model, spec) as handle, torch.no_grad():
             logits = model(**inputs).logits
             base = model.model(**inputs).last_hidden_state
-        reference = oracle.logits(inputs, inputs["input_ids"], handle.report, "original" if "v2" in spec else handle.positions)
+        reference = oracle.logits(
+            inputs, inputs["input_ids"], handle.report, "original" if "v2" in spec else handle.positions
+        )
         alive = reference[0][~reference[0].isnan().any(-1)]
         assert logits.shape[1] == base.shape[1] == len(alive)
         assert (logits[0] - alive).abs().max() <= TOLERANCE

@@ -133,13 +133,18 @@ def test_a_sliding_window_allows_site_0_only() -> None:
 def _right_padded() -> dict[str, Any]:
     inputs = tiny_inputs()
     for name in ("input_ids", "attention_mask"):
-        rows = [torch.roll(row, int(mask.sum())) for row, mask in zip(inputs[name], inputs["attention_mask"], strict=True)]
+        rows = [
+            torch.roll(row, int(mask.sum())) for row, mask in zip(inputs[name], inputs["attention_mask"], strict=True)
+        ]
         inputs[name] = torch.stack(rows)
     return inputs
 
 
 def _without(inputs: dict[str, Any], place: int) -> dict[str, Any]:
-    return {**inputs, **{n: torch.cat([inputs[n][:, :place], inputs[n][:, place + 1 :]], 1) for n in ("input_ids", "attention_mask")}}
+    return {
+        **inputs,
+        **{n: torch.cat([inputs[n][:, :place], inputs[n][:, place + 1 :]], 1) for n in ("input_ids", "attention_mask")},
+    }
 
 
 def _calls(model: Any) -> dict[str, tuple[Callable[[], Any], str]]:
@@ -163,7 +168,10 @@ def _calls(model: Any) -> dict[str, tuple[Callable[[], Any], str]]:
         "right padding": (lambda: model.generate(**_right_padded()), "padded on the right"),
         "labels": (lambda: model(**inputs, labels=ids), "labels"),
         "a placeholder missing": (lambda: model.generate(**_without(one, 10)), "31 image tokens .* make 32"),
-        "a picture missing": (lambda: model.generate(**{**inputs, "pixel_values": pixels["pixel_values"][:2]}), "48 .* 32"),
+        "a picture missing": (
+            lambda: model.generate(**{**inputs, "pixel_values": pixels["pixel_values"][:2]}),
+            "48 .* 32",
+        ),
         "a picture too many": (lambda: model.generate(**{**one, **pixels}), "32 .* 48"),
         "a picture across rows": (lambda: model.generate(**crossing), "two prompts"),
         "embeddings": (lambda: model.generate(inputs_embeds=embeds, **pixels), "inputs_embeds"),

@@ -91,9 +91,7 @@ def test_a_generated_placeholder_is_no_picture(spec: str) -> None:
         return scores.index_fill(1, torch.tensor([IMAGE]), 1e4)
 
     with compress(model, spec) as handle:
-        first = model.generate(
-            **inputs, **GREEDY, max_new_tokens=5, logits_processor=LogitsProcessorList([say_image])
-        )
+        first = model.generate(**inputs, **GREEDY, max_new_tokens=5, logits_processor=LogitsProcessorList([say_image]))
         assert (first.sequences[:, -5:] == IMAGE).all()
         ids, mask = _more(first.sequences, inputs["attention_mask"], [44, 45])
         output = model.generate(

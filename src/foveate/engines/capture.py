@@ -79,10 +79,14 @@ class EncoderCapture:
                 return
             before = self._family.rows(self._model, args[0] if args else kwargs["hidden_states"])
             after = self._family.rows(self._model, output[0] if isinstance(output, tuple) else output)
-            if place in record.folds:
-                record.folds[place] = torch.vmap(method.fold)(record.folds[place], before, after)
+            carry = record.folds.get(place)
+            if len(before) == 1:  # one encoder forward: vmap's bookkeeping would take a quarter of the fold's time
+                folded = method.fold(None if carry is None else carry[0], before[0], after[0])[None]
+            elif carry is None:
+                folded = torch.vmap(lambda b, a: method.fold(None, b, a))(before, after)
             else:
-                record.folds[place] = torch.vmap(lambda b, a: method.fold(None, b, a))(before, after)
+                folded = torch.vmap(method.fold)(carry, before, after)
+            record.folds[place] = folded
 
         return hook
 

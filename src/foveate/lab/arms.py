@@ -81,7 +81,8 @@ class Watch:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
         self.spent: dict[str, float] = {}
-        self._start: dict[str, float] = {}
+        self.wall: dict[str, float] = {}
+        self._start: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def attached(self) -> Iterator[Watch]:
@@ -98,13 +99,15 @@ class Watch:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._start.setdefault(name, clock())
+            self._start.setdefault(name, (clock(), time.perf_counter()))
 
         return hook
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self.spent.setdefault(name, (clock() - self._start[name]) * 1e3)
+            spent, wall = self._start[name]
+            self.spent.setdefault(name, (clock() - spent) * 1e3)
+            self.wall.setdefault(name, (time.perf_counter() - wall) * 1e3)
 
         return hook
 
@@ -160,7 +163,7 @@ class Bench:
             ready = {"image": BaseModelOutputWithPooling(pooler_output=[features])}  # type: ignore[arg-type]
             del output
             sample = self._generate(start, self.short, self.steps, cpu, mm_encoder_outputs=ready)
-        sample.encode, sample.prefill = encode, watch.spent.pop("decoder")
+        sample.encode, sample.prefill = encode, watch.wall["decoder"]
         sample.attention = watch.spent
         return sample
 

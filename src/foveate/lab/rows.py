@@ -98,7 +98,7 @@ def table(rows: Sequence[Row], shape: Shape, alive_of: Mapping[str, float], boun
         f"decode step / reference's\n<= {bounds.decode}",
         "peak MiB\n<= full",
     ):
-        out.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading == "arm")
+        out.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     full = Spread.of(by["full", "first_token"].values)
     for arm in arms:
         first = Spread.of(by[arm, "first_token"].values)
@@ -111,7 +111,7 @@ def table(rows: Sequence[Row], shape: Shape, alive_of: Mapping[str, float], boun
             arm,
             f"{first.median:.0f} ({first.low:.0f}-{first.high:.0f})",
             "" if arm == "full" else f"{gain} ({flop:.2f})",
-            _cell(by.get((arm, "first_token")), by.get((arm, "first_token_cpu"))),
+            _cell(by.get((arm, "first_token")), by.get((arm, "first_token_cpu")), by.get((arm, "accounted"))),
             _share(by.get((arm, "selection"))),
             _cell(by.get((arm, "decode_step")), by.get((arm, "decode_step_cpu"))),
             "" if memory_row is None else f"{memory_row.values[0]:.0f} {memory_row.met}",
@@ -119,11 +119,13 @@ def table(rows: Sequence[Row], shape: Shape, alive_of: Mapping[str, float], boun
     return out
 
 
-def _cell(wall: Row | None, cpu: Row | None) -> str:
-    """Show a ratio of times, and below it the ratio of CPU times where only one thread makes that a fair one."""
+def _cell(wall: Row | None, cpu: Row | None, accounted: Row | None = None) -> str:
+    """Show a ratio of times; where only one thread makes that fair, of CPU times too; and the sum of known parts."""
     lines = [_ratio(wall)]
     if torch.get_num_threads() == 1 and cpu is not None and cpu.ratio is not None:
         lines.append(f"CPU time: {_ratio(cpu)}")
+    if accounted is not None:
+        lines.append(f"accounted for: {_ratio(accounted)}")
     return "\n".join(lines)
 
 
@@ -131,7 +133,7 @@ def _ratio(row: Row | None) -> str:
     if row is None or row.ratio is None:
         return ""
     low, high = f"{row.ratio.low:.3f}", f"{row.ratio.high:.3f}"
-    return f"{row.ratio.value:.3f} [{low}, {high}] {row.met}" if row.ratio.resolved else "unresolved: spread too wide"
+    return f"{row.ratio.value:.3f} [{low}, {high}] {row.met}" if row.ratio.resolved else "unresolved"
 
 
 def _share(row: Row | None) -> str:

@@ -167,10 +167,21 @@ def _selection(plan: Plan, arm: str, runs: list[Sample], ideal: list[Sample]) ->
     ]
     whole = [math.fsum(parts) for parts in zip(select, fold, taps, strict=True)]
     row = Row(arm, "selection", "ms", whole, "first_token", target=BOUNDS.selection)
+    extra: list[Row] = []
     alone = torch.get_num_threads() == 1
     row.ratio = Estimate.of(ratios(whole, [run.cpu if alone else run.first for run in runs]))
     row.met = row.ratio.meets(BOUNDS.selection)
-    return [Row(arm, "select", "ms", select), Row(arm, "fold", "ms", fold), Row(arm, "tap", "ms", taps), row]
+    if arm not in plan.cuts:
+        rest, free = (Estimate.of(_rest(each)).value for each in (runs, ideal))
+        base = statistics.median(run.cpu if alone else run.first for run in ideal)
+        ratio = [1.0 + (part + rest - free) / base for part in whole]
+        extra.append(Row(arm, "accounted", "ratio", ratio, "ideal", Estimate.of(ratio)))
+    return [*extra, Row(arm, "select", "ms", select), Row(arm, "fold", "ms", fold), Row(arm, "tap", "ms", taps), row]
+
+
+def _rest(runs: list[Sample]) -> list[float]:
+    """What is neither encoder nor selection nor decoder layers: cutting the prompt, logits, ``generate`` itself."""
+    return [run.first - (run.encode or 0.0) - (run.select or 0.0) - (run.prefill or 0.0) for run in runs]
 
 
 # -- memory

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core import Evidence, PromptMethod, Selection
 from foveate.errors import BudgetError
-from foveate.ops import shares, spherical_kmeans, top_k, unit
+from foveate.ops import shares, spherical_kmeans, top_k
 from foveate.registry import register
 
 
@@ -92,9 +92,10 @@ class EvoCut(PromptMethod):
     def fold(
         self, carry: Float[Tensor, " n"] | None, before: Float[Tensor, "n v"], after: Float[Tensor, "n v"]
     ) -> Float[Tensor, " n"]:
-        moves = unit(after.float() - before.float())
+        moves = after.to(torch.float32, copy=True).sub_(before)  # in place: fresh buffers cost more than the arithmetic
+        moves.div_(torch.linalg.vector_norm(moves, dim=1, keepdim=True).clamp(min=1e-12))
         centres = spherical_kmeans(moves, self.directions, self.iterations)
-        deviation = 1.0 - (moves @ centres.T).amax(dim=1)
+        deviation = 1.0 - (centres @ moves.T).amax(dim=0)
         memory = torch.zeros_like(deviation) if carry is None else carry
         return self.alpha * memory + (1.0 - self.alpha) * deviation
 
