@@ -15,7 +15,7 @@ from foveate import demo
 from foveate.engines.base import compress
 from tests.engine.oracle import GREEDY, differ, pair
 from tests.engine.test_oracle import TOLERANCE
-from tests.models import IMAGE, PAD, one_row, tiny_inputs
+from tests.models import PAD, one_row, tiny_inputs
 
 KINDS = ["grid:keep=4", "v2drop:stages=2@0.5/4@0", "evocut:keep=8 + v2drop:stages=2@0.5"]
 PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
@@ -182,13 +182,13 @@ def test_streamers_show_the_callers_prompt(spec: str, skip: bool, talker: Any, a
 
     class Collect(TextStreamer):
         heard = ""
-        put_in: list[Tensor] = []
+        put_in: tuple[Tensor, ...] = ()
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.heard += text
 
         def put(self, value: Tensor) -> None:
-            self.put_in = [*self.put_in, value]
+            self.put_in = (*self.put_in, value)
             super().put(value)
 
     with compress(model, spec):

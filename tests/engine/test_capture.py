@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_saliency_and_keys(layer: Any, tower: Tower, impl: str, monkeypatch: pyt
     module = model.model.vision_tower.encoder.layers[feature]
     with torch.no_grad():
         keys = module.self_attn.k_proj(module.layer_norm1(states[feature])).unflatten(-1, (4, 8)).mean(2)
-        moves = [(b - a).norm(dim=2) for a, b in zip(states[:-1], states[1:], strict=True)]
+        moves = [(b - a).norm(dim=2) for a, b in pairwise(states)]
     fold = torch.stack([moves[0] * 8, moves[1] * 4, moves[2] * 2, moves[3]]).sum(0)
     evidences = seen["peek", 0]
     assert [e.encoder_saliency.shape for e in evidences] == [(TOKENS,)] * 3

@@ -162,7 +162,9 @@ def test_beams_score_what_the_reference_scores(case: str, options: dict[str, Any
         )
     report, prompt = handle.report, inputs["input_ids"].shape[1]
     assert len(output.sequences) == 6
-    assert [len(image.stages) for image in report.images] == [len(report.images[0].stages)] * 3
+    sites = sorted(site for part in foveate.from_spec(method).parts for site in part.sites(6))
+    stages = [[stage.site for stage in image.stages] for image in report.images]
+    assert stages == [sites] * 3, "each stage is reported once, however many beams and steps there were"
     for i, sequence in enumerate(output.sequences):
         assert torch.equal(sequence[:prompt], inputs["input_ids"][i // 2])
         logits = oracle.read(inputs, output.sequences, i, report, positions, source=i // 2).logits[-7:-1]

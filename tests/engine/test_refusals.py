@@ -199,10 +199,10 @@ def _calls(model: Any) -> dict[str, tuple[Callable[[], Any], str]]:
 
 
 def _turn_calls(model: Any) -> dict[str, tuple[Callable[[], Any], str]]:
-    one = one_row(tiny_inputs(), 2)
+    one, two = one_row(tiny_inputs(), 2), tiny_inputs((1, 1))
 
-    def later(**options: Any) -> Any:
-        cache = model.generate(**one, **GREEDY, max_new_tokens=2).past_key_values
+    def later(first: dict[str, Any] = one, **options: Any) -> Any:
+        cache = model.generate(**first, **GREEDY, max_new_tokens=2).past_key_values
         return model.generate(past_key_values=cache, max_new_tokens=2, **options)
 
     other = torch.cat([one["input_ids"] + 0, torch.tensor([[5, 6, 7]])], 1)
@@ -210,7 +210,7 @@ def _turn_calls(model: Any) -> dict[str, tuple[Callable[[], Any], str]]:
     embeds = model.get_input_embeddings()(other)
     return {
         "another prompt": (lambda: later(input_ids=other), "does not begin"),
-        "another batch": (lambda: later(input_ids=other.repeat(2, 1)), "1 prompts, this call brings 2"),
+        "another batch": (lambda: later(two, input_ids=other), "2 prompts, this call brings 1"),
         "no ids": (lambda: later(inputs_embeds=embeds), "input_ids"),
     }
 

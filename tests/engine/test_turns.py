@@ -236,3 +236,32 @@ def test_pictures_never_seen_stay_unseen_in_later_turns(method: Method | str) ->
         assert error.value.hint
         again = model.generate(**inputs, **GREEDY, max_new_tokens=3)
     assert torch.equal(torch.stack(again.logits), torch.stack(first.logits))
+
+
+@pytest.mark.parametrize("case", ["evocut", "evocut original", "v2drop to nothing", "evocut + v2drop"])
+def test_every_returned_answer_can_go_on(case: str) -> None:
+    (method, positions), (model, oracle), inputs = CASES[case], pair(), tiny_inputs()
+    sampling = {**GREEDY, "do_sample": True, "num_return_sequences": 2}
+    with compress(model, method) as handle:
+        first = model.generate(**inputs, **sampling, max_new_tokens=4)
+        ids, mask = _more(first.sequences, inputs["attention_mask"].repeat_interleave(2, 0), [44, 45])
+        cache = first.past_key_values
+        output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **GREEDY, max_new_tokens=4)
+    for i, sequence in enumerate(output.sequences):
+        logits = oracle.read(inputs, output.sequences, i, handle.report, positions, source=i // 2).logits[-5:-1]
+        assert torch.equal(sequence[: ids.shape[1]], ids[i])
+        assert (torch.stack(output.logits, 1)[i] - logits).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("spec", ["grid:keep=4", "grid:keep=4,positions=original", "v2drop:stages=2@0.5/4@0"])
+def test_a_word_that_the_mask_hides_is_not_there(spec: str) -> None:
+    (model, _), inputs = pair(), one_row(tiny_inputs(), 2)
+    ids = inputs["input_ids"]
+    with compress(model, spec):
+        for hidden in (2, 24, ids.shape[1] - 3):
+            mask = torch.ones_like(ids).index_fill(1, torch.tensor([hidden]), 0)
+            rest = torch.tensor([i for i in range(ids.shape[1]) if i != hidden])
+            masked = model.generate(**{**inputs, "attention_mask": mask}, **GREEDY, max_new_tokens=4)
+            less = {**inputs, "input_ids": ids[:, rest], "attention_mask": mask[:, rest]}
+            without = model.generate(**less, **GREEDY, max_new_tokens=4)
+            assert (torch.stack(masked.logits) - torch.stack(without.logits)).abs().max() <= TOLERANCE

@@ -19,6 +19,14 @@ class Turn:
     ids: Tensor
     plan: Plan
 
+    def expand(self, batch: int) -> Turn:
+        """Return the turn of a batch in which every row is repeated in place, as several returned answers do."""
+        times, plan = batch // len(self.ids), self.plan
+        if times == 1:
+            return self
+        valid = None if plan.valid is None else plan.valid.repeat_interleave(times, 0)
+        return Turn(self.ids.repeat_interleave(times, 0), Plan(plan.index.repeat_interleave(times, 0), valid))
+
 
 @dataclass(frozen=True)
 class Cut:

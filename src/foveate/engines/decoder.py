@@ -321,9 +321,7 @@ class DecoderPart:
             call.memo[key] = (embeddings, taken)
         return call.memo[key][1]
 
-    def _prefill_mask(
-        self, call: Call, cutting: Cutting, hidden: Tensor, kwargs: Mapping[str, Any], index: int
-    ) -> Any:
+    def _prefill_mask(self, call: Call, cutting: Cutting, hidden: Tensor, kwargs: Mapping[str, Any], index: int) -> Any:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         key = ("prefill", cutting.first, id(mask))
         if key not in call.memo:

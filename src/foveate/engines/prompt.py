@@ -222,10 +222,11 @@ class PromptPart:
             raise UnsupportedCall(
                 "a later turn needs `input_ids`, to tell what is in the cache already", "pass input_ids"
             )
-        if len(ids) != len(turn.ids):
+        if len(ids) % len(turn.ids):
             raise UnsupportedCall(
                 f"the cache holds {len(turn.ids)} prompts, this call brings {len(ids)}", "start a new cache"
             )
+        turn = turn.expand(len(ids))
         if ids.shape[1] < seen or (mask is not None and mask.shape[1] > ids.shape[1]):
             return self._next_tokens(rest, ids, mask, turn)
         if not torch.equal(ids[:, :seen].to(turn.ids.device), turn.ids):
@@ -323,9 +324,7 @@ class PromptPart:
             images.append(Seen(span.row, span.modality, span.number, len(feature), evidence, origin))
         return images
 
-    def _select(
-        self, images: Sequence[Seen], features: Mapping[str, list[Tensor]], record: Record
-    ) -> list[Tensor]:
+    def _select(self, images: Sequence[Seen], features: Mapping[str, list[Tensor]], record: Record) -> list[Tensor]:
         """Run the methods of site 0 in order; each sees what the one before left. Return the tokens that stay."""
         done = [seen.origin for seen in images]
         for place, method in enumerate(self._methods):
