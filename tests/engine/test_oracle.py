@@ -183,6 +183,24 @@ def test_no_cache_and_a_static_cache(case: str, impl: str, options: dict[str, An
     assert differ(output.logits, reference) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("rows", "method"),
+    [
+        ([[IMAGE, 3, 4], [IMAGE, 5, 6]], Coin(at="1", share=0.2, least=0)),
+        ([[IMAGE, 3, 4]], Coin(at="13", share=0.5)),
+        ([[IMAGE, 3]], Coin(at="1", share=0.0, least=0)),
+    ],
+    ids=["ragged", "single", "one token left"],
+)
+def test_a_static_cache_without_padding(rows: list[list[int]], method: Method) -> None:
+    """Nothing is padded, so there is no mask to cut: it has to be made, and as wide as the cache."""
+    (model, oracle), inputs = pair(), prompts(rows)
+    with compress(model, method) as handle:
+        output = model.generate(**inputs, **GREEDY, max_new_tokens=5, cache_implementation="static")
+    assert len({image.alive for image in handle.report.images}) == len(rows)
+    assert differ(output.logits, oracle.logits(inputs, output.sequences, handle.report)) <= TOLERANCE
+
+
 ODD_PROMPTS = {
     "the picture is first": [[IMAGE, 5, 6, 7]],
     "the picture is last": [[1, 5, 6, IMAGE]],

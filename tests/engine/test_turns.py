@@ -179,11 +179,11 @@ def test_copies_of_a_cache_go_their_own_ways(case: str) -> None:
 @pytest.mark.parametrize("spec", ["grid:keep=4", "v2drop:stages=2@0.5/4@0", "evocut:keep=8 + v2drop:stages=2@0.5"])
 def test_a_reset_cache_has_forgotten_its_pictures(spec: str) -> None:
     model, _ = pair()
-    text = prompts([[1, 5, 6, 7, 8]])
+    text = prompts([[1, 5, 6, 7, 8], [1, 4], [1, 3, 3]])
     plain = model.generate(**text, **GREEDY, max_new_tokens=4)
     with compress(model, spec):
         cache = DynamicCache(config=model.config.get_text_config())
-        model.generate(**one_row(tiny_inputs(), 1), **GREEDY, past_key_values=cache, max_new_tokens=4)
+        model.generate(**tiny_inputs(), **GREEDY, past_key_values=cache, max_new_tokens=4)
         cache.reset()
         output = model.generate(**text, **GREEDY, past_key_values=cache, max_new_tokens=4)
         assert torch.equal(torch.stack(output.logits), torch.stack(plain.logits))

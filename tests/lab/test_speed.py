@@ -110,6 +110,8 @@ def test_a_ratio_that_means_nothing_is_not_printed() -> None:
     assert Row("a", "first_token", "ms", [1.0], "ideal", wide, 1.05, "unresolved").cells()["ratio"] == ""
     assert Row("a", "first_token", "ms", [1.0], "ideal", narrow, 1.05, "yes").cells()["ratio"] == "1.0100"
     assert (wide.meets(1.05), narrow.meets(1.05)) == ("unresolved", "yes")
+    assert Estimate.of([1.0] * 4).meets(1.05) == "unresolved"
+    assert Estimate.of([1.0] * 5).meets(1.05) == "yes"
     assert Spread.of([1.0, 2.0]).overlaps(Spread.of([1.9, 3.0])) is False
     assert Spread.of([1.0, 2.0]).overlaps(Spread.of([1.5, 3.0])) is False
     assert Spread.of([1.0, 3.0]).overlaps(Spread.of([2.0, 3.0])) is True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,6 @@ def load(
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=dtype or torch.float32, local_files_only=True)
+    model: Any = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=dtype or torch.float32, local_files_only=True)
     processor = AutoProcessor.from_pretrained(MODEL, local_files_only=True)
     return model.to(device or "cpu").eval(), processor

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +42,10 @@ def _corpus() -> list[str]:
     return lines
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE in which every word of the world is one token and numbers are digits."""
+@lru_cache
+def _vocabulary() -> str:
+    """The trained tokenizer as JSON."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     model = Tokenizer(models.BPE(byte_fallback=True, unk_token=None))
     model.normalizer = normalizers.Lowercase()
@@ -67,12 +68,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     model.train_from_iterator(_corpus(), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+    return model.to_str()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-fallback BPE in which every word of the world is one token and numbers are digits."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_vocabulary()), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         padding_side="left", clean_up_tokenization_spaces=False, model_max_length=2048,
         extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
-    return fast
 
 
 def processor() -> LlavaProcessor:
@@ -117,7 +125,7 @@ def model(tokens: PreTrainedTokenizerFast, side: int = SIDE, seed: int = 0) -> L
         num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, **ids,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        vision_config=vision, text_config=text, image_token_index=cast(int, tokens.convert_tokens_to_ids("<image>")),
         vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=(side // 14) ** 2,
         projector_hidden_act="gelu", tie_word_embeddings=True, **ids,
     )  # fmt: skip
@@ -141,7 +149,7 @@ def save(network: LlavaForConditionalGeneration, folder: Path) -> None:
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
-    small = type(network)(network.config)
+    small: Any = type(network)(network.config)
     small.load_state_dict(network.state_dict())
     small.generation_config = network.generation_config
     small.to(torch.bfloat16).save_pretrained(fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,7 @@ def label(objects: Sequence[Thing], prints: Sequence[Print], owner: NDArray[np.u
         top = share[..., 1:].argmax(-1)
         most = np.take_along_axis(share[..., 1:], top[..., None], -1)[..., 0]
         best = np.where(most >= 0.12, top + 1, np.where(most > 0.02, -1, 0))
-    items = [*objects, *prints]
+    items: list[Thing | Print] = [*objects, *prints]
     centre = np.zeros((rows, columns), np.int64)
     for i, item in enumerate(items):
         r, c = (item.y - area[1]) // PATCH, (item.x - area[0]) // PATCH
@@ -173,6 +174,8 @@ class Stream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
+        if info:  # a worker must not inherit what its parent does with the signal
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rng = np.random.default_rng([self.seed, 77, info.id if info else 0])
         while True:
             samples = [self._sample(rng) for _ in range(self.batch)]

@@ -28,7 +28,7 @@ WEIGHTS = {"word": 1.0, "sign": 1.0, "row": 0.15, "column": 0.15, "centre": 0.5,
 
 def pixels(batch: dict[str, Any], device: str) -> Tensor:
     """Pictures as the image processor hands them over."""
-    x = batch["pixels"].to(device).permute(0, 3, 1, 2).float() / 255
+    x: Tensor = batch["pixels"].to(device).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
     return ((x - mean) / std).contiguous()
 
@@ -232,7 +232,7 @@ def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Te
     It puts pictures and words into one space from the start, so that "circle" in a question finds circles.
     """
     parts = {"kind": SHAPES, "colour": COLOURS, "word": WORDS, "tens": "0123456789", "ones": "0123456789"}
-    logits = model.lm_head(F.rms_norm(visual, visual.shape[-1:])).flatten(0, 1).float()
+    logits: Tensor = model.lm_head(F.rms_norm(visual, visual.shape[-1:])).flatten(0, 1).float()
     loss = logits.new_zeros(())
     for name, words in parts.items():
         ids = [tokens(w if name in ("tens", "ones") else f" {w}", add_special_tokens=False).input_ids[0] for w in words]

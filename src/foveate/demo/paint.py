@@ -97,26 +97,28 @@ def _pattern(rng: np.random.Generator, width: int, height: int) -> Field:
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     turn = rng.random() * 2 * pi
     along = x * np.float32(cos(turn)) + y * np.float32(sin(turn))
+    field: Field
     match int(rng.integers(6)):
         case 0:
-            return _cloud(rng, width, height, 48, 5)
+            field = _cloud(rng, width, height, 48, 5)
         case 1:
             cloud = _cloud(rng, width, height, 64, 3)
-            return np.float32(0.5) + np.float32(0.5) * np.sin(along * np.float32(0.05) + cloud * np.float32(18))
+            field = np.float32(0.5) + np.float32(0.5) * np.sin(along * np.float32(0.05) + cloud * np.float32(18))
         case 2:
             cloud = _cloud(rng, width, height, 40, 5)
-            return np.abs(np.sin(along * np.float32(0.02) + cloud * np.float32(7)))
+            field = np.abs(np.sin(along * np.float32(0.02) + cloud * np.float32(7)))
         case 3:
             blades = rng.random((height // 6 + 1, width), np.float32)
             grass = np.asarray(Image.fromarray(blades).resize((width, height), Image.Resampling.BICUBIC))
-            return np.float32(0.5) * grass + np.float32(0.5) * _cloud(rng, width, height, 32, 3)
+            field = np.float32(0.5) * grass + np.float32(0.5) * _cloud(rng, width, height, 32, 3)
         case 4:
             ramp = (along - along.min()) / np.float32(max(float(np.ptp(along)), 1.0))
-            return np.float32(0.7) * ramp + np.float32(0.3) * _cloud(rng, width, height, 64, 3)
+            field = np.float32(0.7) * ramp + np.float32(0.3) * _cloud(rng, width, height, 64, 3)
         case _:
             speckle = rng.random((height // 3 + 1, width // 3 + 1), np.float32)
             rough = np.asarray(Image.fromarray(speckle).resize((width, height), Image.Resampling.BILINEAR))
-            return np.float32(0.5) * rough + np.float32(0.5) * _cloud(rng, width, height, 24, 3)
+            field = np.float32(0.5) * rough + np.float32(0.5) * _cloud(rng, width, height, 24, 3)
+    return field
 
 
 def _muted(rng: np.random.Generator) -> Field:

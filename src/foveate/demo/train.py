@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import signal
@@ -33,7 +32,8 @@ from foveate.demo.paint import paint
 from foveate.demo.questions import TYPES, ask
 from foveate.demo.world import SIDE, VALIDATION, layout
 
-log = logging.getLogger(__name__)
+WORKERS = 1
+"""Processes that paint pictures while another learns from them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ PLAN = {
     ),
     "joint": (Phase(1.00, Mix(24, (4, 7), (2, 2), per_type=3, types=HARD), 8),),
 }
-RATES = {"see": (2e-3, 1e-3), "read": (3e-3, 1.5e-3), "joint": (3e-4, 2e-4)}
+RATES = {"see": (2e-3, 1e-3), "read": (2e-3, 1e-3), "joint": (3e-4, 2e-4)}
 """Peak learning rates of Muon (matrices) and AdamW (all else)."""
 
 
@@ -77,7 +77,8 @@ class Trainer:
     def __init__(self, out: Path, stage: str, minutes: float, device: str, seed: int = 0) -> None:
         self.out, self.stage, self.seconds, self.device, self.seed = out, stage, minutes * 60, device, seed
         self.tokens = build.tokenizer()
-        self.model: Any = build.model(self.tokens, seed=seed).to(device)
+        network: Any = build.model(self.tokens, seed=seed)
+        self.model: Any = network.to(device)
         self.tower: Any = self.model.model.vision_tower
         self.where_is = nn.ModuleList([nn.Linear(256, 2), nn.Linear(256, 2)])
         self.heads = nn.ModuleList([Heads(192), Heads(192), *self.where_is]).to(device)
@@ -164,7 +165,8 @@ class Trainer:
         """Scores on fixed scenes of the validation seeds, whole canvas."""
         sums: dict[str, list[float]] = defaultdict(list)
         for start in range(0, n, 8):
-            samples, asked = [], []
+            samples: list[dict[str, Any]] = []
+            asked = []
             for seed in VALIDATION[start : start + 8]:
                 objects, prints = layout(np.random.default_rng([seed, 1]))
                 image, owner = paint(np.random.default_rng([seed, 2]), objects, prints)
@@ -209,7 +211,7 @@ class Trainer:
         phase, stream, told = None, None, self.elapsed
         sums: dict[str, list[float]] = defaultdict(list)
         stopped: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+        before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
         stop, mark = False, time.monotonic()
         while self.elapsed < self.seconds and not stop:
             done = self.elapsed / self.seconds
@@ -218,7 +220,7 @@ class Trainer:
                 phase = now
                 stream = iter(DataLoader(
                     Stream(phase.mix, phase.batch // self.world, 2 * self.step + self.rank, self.tokens),
-                    batch_size=None, num_workers=1, prefetch_factor=8,
+                    batch_size=None, num_workers=WORKERS, prefetch_factor=8 if WORKERS else None,
                 ))  # fmt: skip
             assert stream is not None
             for optimizer, rate in zip(self.optimizers, RATES[self.stage], strict=True):
@@ -228,7 +230,7 @@ class Trainer:
                 loss, scores = self.loss(next(stream))
             for parameter in self.learning:
                 parameter.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             now_at = time.monotonic()
             spent, stop = self.share(min(now_at - mark, 10.0), bool(stopped))
             mark = now_at
@@ -252,6 +254,7 @@ class Trainer:
                     self.write(validation=True, **self.validate())
                 if save is not None and self.rank == 0 and self.stage != "see":
                     build.save(self.model, save)
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ class DecoderPart:
             attachment.add(hook.remove)
         for site, needs in wanted.items():
             if needs & _ATTENTION:
-                tap(self._layers[site - 1].self_attn, partial(self._on_attention, site), attachment)
+                tap(self._layers[site - 1].get_submodule("self_attn"), partial(self._on_attention, site), attachment)
 
     # -- per call
 

@@ -10,6 +10,9 @@ import numpy as np
 #: A ratio whose 95 % interval is wider than this says nothing about targets of a few percent.
 RESOLUTION = 0.10
 
+#: The spread of fewer rounds than this is not known well enough to judge by.
+ROUNDS = 5
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -42,6 +45,7 @@ class Estimate:
     value: float
     low: float
     high: float
+    rounds: int = ROUNDS
 
     @classmethod
     def of(cls, values: Sequence[float], draws: int = 4000) -> Estimate:
@@ -49,12 +53,12 @@ class Estimate:
 
         Example:
             >>> Estimate.of([1.0, 1.0, 1.0])
-            Estimate(value=1.0, low=1.0, high=1.0)
+            Estimate(value=1.0, low=1.0, high=1.0, rounds=3)
         """
         rounds = np.asarray(values, dtype=float)
         again = np.random.default_rng(0).choice(rounds, (draws, len(rounds)))
         low, high = np.percentile(np.median(again, axis=1), [2.5, 97.5])
-        return cls(float(np.median(rounds)), float(low), float(high))
+        return cls(float(np.median(rounds)), float(low), float(high), len(rounds))
 
     @property
     def resolved(self) -> bool:
@@ -64,11 +68,13 @@ class Estimate:
     def meets(self, target: float) -> str:
         """Return yes, no, or unresolved: whether the whole interval lies on one side of the target.
 
+        Fewer than `ROUNDS` rounds leave everything unresolved.
+
         Example:
             >>> [Estimate(v, v - 0.01, v + 0.01).meets(1.05) for v in (1.02, 1.045, 1.2)]
             ['yes', 'unresolved', 'no']
         """
-        if not self.resolved:
+        if not self.resolved or self.rounds < ROUNDS:
             return "unresolved"
         return "yes" if self.high <= target else "no" if self.low > target else "unresolved"
 
