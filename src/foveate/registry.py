@@ -118,7 +118,9 @@ def _one(piece: str) -> Method:
             raise BudgetError(f"option {key!r} is given twice", "give it once")
         options[key] = _read(value)
         if key != "keep" and not _fits(options[key], hints[key]):  # a wrong keep has a better error of its own
-            raise BudgetError(f"{key} must be {_kind(hints[key])}, got {value!r}", f"type `help(foveate.{cls.__name__})`")
+            raise BudgetError(
+                f"{key} must be {_kind(hints[key])}, got {value!r}", f"type `help(foveate.{cls.__name__})`"
+            )
     required = [key for key, f in known.items() if f.default is dataclasses.MISSING and key not in options]
     if required:
         raise BudgetError(f"`{name}` needs {', '.join(required)}", f"type `{name}:{_usage(known)}`")
