@@ -179,7 +179,7 @@ def test_copies_of_a_cache_go_their_own_ways(case: str) -> None:
 @pytest.mark.parametrize("spec", ["grid:keep=4", "v2drop:stages=2@0.5/4@0", "evocut:keep=8 + v2drop:stages=2@0.5"])
 def test_a_reset_cache_has_forgotten_its_pictures(spec: str) -> None:
     model, _ = pair()
-    text = prompts([[1, 5, 6, 7, 8], [1, 4], [1, 3, 3]])
+    text = prompts([[1, 5, 6, 7, 8], [1, 4], list(range(3, 63))])  # longer than what was in the cache
     plain = model.generate(**text, **GREEDY, max_new_tokens=4)
     with compress(model, spec):
         cache = DynamicCache(config=model.config.get_text_config())

@@ -50,10 +50,10 @@ def test_a_plug_in_is_found_by_its_entry_point(names: dict[str, Any], monkeypatc
     point = EntryPoint(name="fastv", value="my_package.fastv:FastV", group="foveate.methods")
     monkeypatch.setattr(EntryPoint, "load", lambda self: names["FastV"])
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
-    registry._load_plugins.cache_clear()
+    registry._load.cache_clear()
     assert registry.from_spec("fastv:keep=0.25") == names["FastV"](keep=0.25)
     assert registry.names()[-1] == "fastv"
-    registry._load_plugins.cache_clear()
+    registry._load.cache_clear()
 
 
 def test_every_file_and_evidence_that_the_page_names_exists() -> None:

@@ -89,8 +89,8 @@ def table(rows: Sequence[Row], shape: Shape, alive_of: Mapping[str, float], boun
     by = {(row.arm, row.metric): row for row in rows}
     arms = list(dict.fromkeys(row.arm for row in rows))
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out.add_column("arm", no_wrap=True, min_width=max(map(len, arms)))
     for heading in (
-        "arm",
         "first token, ms (quartiles)",
         "full / it\n(by FLOP)",
         f"it / reference\n<= {bounds.overhead}, inside the LLM {bounds.inner}",
@@ -98,7 +98,7 @@ def table(rows: Sequence[Row], shape: Shape, alive_of: Mapping[str, float], boun
         f"decode step / reference's\n<= {bounds.decode}",
         "peak MiB\n<= full",
     ):
-        out.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+        out.add_column(heading, justify="right", no_wrap=True)
     full = Spread.of(by["full", "first_token"].values)
     for arm in arms:
         first = Spread.of(by[arm, "first_token"].values)
