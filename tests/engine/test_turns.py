@@ -38,10 +38,17 @@ def _more(ids: Tensor, mask: Tensor, words: list[int]) -> tuple[Tensor, Tensor]:
     return ids, torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
 
 
-@pytest.mark.parametrize("rows", [(0, 1, 2), (2,)], ids=["batch", "single"])
+PROMPTS: dict[str, dict[str, Tensor]] = {
+    "batch": tiny_inputs(),
+    "single": tiny_inputs((2,)),
+    "overtaken": prompts([[1, *range(60, 90)], [1, 5, IMAGE, 6, IMAGE, 7]]),  # the longest row becomes the shortest
+}
+
+
+@pytest.mark.parametrize("which", PROMPTS)
 @pytest.mark.parametrize("case", SPOKEN)
-def test_three_turns_on_one_cache(case: str, rows: tuple[int, ...]) -> None:
-    (method, positions), (model, oracle), inputs = CASES[case], pair(), tiny_inputs(rows)
+def test_three_turns_on_one_cache(case: str, which: str) -> None:
+    (method, positions), (model, oracle), inputs = CASES[case], pair(), PROMPTS[which]
     with compress(model, method) as handle:
         first = model.generate(**inputs, **GREEDY, max_new_tokens=5)
         sequences, mask = first.sequences, inputs["attention_mask"]
@@ -114,9 +121,10 @@ def _loop(model: Any, inputs: dict[str, Tensor], steps: int, *, masked: bool = T
     return torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1), logits, cache
 
 
+@pytest.mark.parametrize("which", PROMPTS)
 @pytest.mark.parametrize("case", SPOKEN)
-def test_a_decoding_loop_of_ones_own(case: str) -> None:
-    (method, positions), (model, oracle), inputs = CASES[case], pair(), tiny_inputs()
+def test_a_decoding_loop_of_ones_own(case: str, which: str) -> None:
+    (method, positions), (model, oracle), inputs = CASES[case], pair(), PROMPTS[which]
     with compress(model, method) as handle, torch.no_grad():
         sequences, logits, _ = _loop(model, inputs, 5)
     assert differ(logits, oracle.logits(inputs, sequences, handle.report, positions)) <= TOLERANCE
