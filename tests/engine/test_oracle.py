@@ -174,7 +174,9 @@ def test_beams_score_what_the_reference_scores(case: str, options: dict[str, Any
 
 @pytest.mark.parametrize("options", [NO_CACHE, {"cache_implementation": "static"}], ids=["none", "static"])
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
-@pytest.mark.parametrize("case", ["evocut", "todre exits", "evocut original", "v2drop", "evocut original + v2drop", "ragged everywhere"])
+@pytest.mark.parametrize(
+    "case", ["evocut", "todre exits", "evocut original", "v2drop", "evocut original + v2drop", "ragged everywhere"]
+)
 def test_no_cache_and_a_static_cache(case: str, impl: str, options: dict[str, Any]) -> None:
     (method, positions), (model, oracle) = CASES[case], pair(impl)
     for inputs in (tiny_inputs(), tiny_inputs((2,))):  # a single row has no mask at all
