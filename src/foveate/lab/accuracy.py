@@ -170,7 +170,8 @@ def _markdown(rows: Sequence[dict[str, Any]], where: dict[str, str]) -> str:
         "# Accuracy on the demo world",
         "",
         f"{full['n']} held-out questions, {where['dtype']}, torch {where['torch']}, transformers "
-        f"{where['transformers']}. Regenerate: `make accuracy`.",
+        f"{where['transformers']}.",
+        f"Regenerate: `python -m foveate.lab.accuracy --n {full['n']}`; `make accuracy` asks all 2,000.",
         "Percent right, with Wilson's 95 % interval. A budget is the mean of visual tokens per decoder layer for",
         "`v2drop`, and the tokens that enter the LLM for the others; the last table gives the measured means.",
         "",
