@@ -1,15 +1,14 @@
 """The types everything speaks: what a method may look at, what it answers, and what a method is.
 
-A method sees ONE image (or one video) and has no batch axis. Speed comes back in `select_all`, which stacks images of
-equal shape and calls the method under `torch.vmap`.
+A method sees ONE image (or one video) and has no batch axis. Speed comes back in `selection.select_all`, which stacks
+images of equal shape and calls the method under `torch.vmap`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -40,7 +39,10 @@ class Evidence:
         features: What the LLM reads for each token, in its embedding space.
         total: Visual tokens of this image that entered the decoder (at site 0: that the encoder made).
         depth: Decoder layers of the model.
+        modality: ``image`` or ``video``.
         crops: Tokens per encoder forward (crop or frame); sums to n at site 0. ``()`` means one crop.
+        crop_order: The tokens crop by crop; None where they stand so already.
+        thumbnail: Which crop shows the whole image, where several crops do not; else None.
         encoder_fold: Result of the method's own fold over encoder layers.
         encoder_keys: Head-mean keys of the feature layer.
         encoder_saliency: Attention received, mean over heads: from CLS, or the column mean where there is no CLS.
@@ -58,7 +60,10 @@ class Evidence:
     features: Float[Tensor, "n d"]
     total: int
     depth: int
+    modality: str = "image"
     crops: tuple[int, ...] = ()
+    crop_order: Int[Tensor, " n"] | None = None
+    thumbnail: int | None = None
     encoder_fold: Float[Tensor, " n"] | None = None
     encoder_keys: Float[Tensor, "n v"] | None = None
     encoder_saliency: Float[Tensor, " n"] | None = None
@@ -73,6 +78,14 @@ class Evidence:
     def n(self) -> int:
         """Tokens alive."""
         return self.features.shape[0]
+
+    def by_crop(self) -> tuple[Int[Tensor, " c"], ...]:
+        """Return the tokens of each crop, rising; one crop when nothing is known of crops."""
+        order = self.crop_order
+        if order is None:
+            order = torch.arange(self.n, device=self.features.device)
+        crops: tuple[Tensor, ...] = order.split(list(self.crops) or [self.n])
+        return crops
 
     def require(self, name: str) -> Tensor:
         """Return the evidence ``name``.
@@ -91,7 +104,7 @@ class Evidence:
     def subset(self, selection: Selection) -> Evidence:
         """Return the evidence of the tokens that a selection kept."""
         keep = selection.keep
-        rows: dict[str, Any] = {"crops": ()}
+        rows: dict[str, Any] = {"crops": (), "crop_order": None, "thumbnail": None}
         for name in ("coordinates", *ENCODER_EVIDENCE, "hidden", "previous", "text_mass"):
             value = getattr(self, name)
             rows[name] = None if value is None else value[keep]
@@ -186,15 +199,20 @@ class PromptMethod(Method):
 
     Args:
         keep: int = tokens per image, float = fraction in (0, 1].
+        per: What a budget is for in a video: the whole ``video``, or each ``frame``, which is then judged alone like
+            an image. Images are not concerned.
     """
 
     paper_positions: ClassVar[Literal["original", "packed"]] = "packed"
 
     keep: Keep
+    per: Literal["video", "frame"] = "video"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         budget.check_keep(self.keep)
+        if self.per not in ("video", "frame"):
+            raise BudgetError(f"per must be video or frame, got {self.per!r}", "frame judges each frame alone")
 
     def sites(self, n_layers: int) -> tuple[int, ...]:
         return (0,)
@@ -285,66 +303,3 @@ def compose(first: Selection, second: Selection) -> Selection:
         measures={**first.measures, **second.measures},
         repeats=first.repeats or second.repeats,
     )
-
-
-_TENSORS = tuple(f.name for f in dataclasses.fields(Evidence) if f.name not in ("grid", "total", "depth", "crops"))
-_ANSWERS = ("keep", "stay", "scores", "features", "merged_into")
-
-
-def select_all(method: Method, evidences: Sequence[Evidence], site: int) -> list[Selection]:
-    """Return the checked selection of each image; images of equal shape go through one `torch.vmap`.
-
-    Raises:
-        ContractError: If a selection is unsorted, repeats an index, is out of range or has a wrong count.
-    """
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for i, evidence in enumerate(evidences):
-        shapes = tuple(None if (t := getattr(evidence, name)) is None else (t.shape, t.dtype) for name in _TENSORS)
-        groups[(evidence.grid, evidence.total, evidence.depth, evidence.crops, shapes)].append(i)
-    answers: dict[int, Selection] = {}
-    for members in groups.values():
-        group = [evidences[i] for i in members]
-        selections = [method.select(group[0], site)] if len(group) == 1 else _vmapped(method, group, site)
-        _check(method, group[0], selections, site)
-        answers.update(zip(members, selections, strict=True))
-    return [answers[i] for i in range(len(evidences))]
-
-
-def _vmapped(method: Method, group: Sequence[Evidence], site: int) -> list[Selection]:
-    names = [name for name in _TENSORS if getattr(group[0], name) is not None]
-    stacked = {name: torch.stack([getattr(evidence, name) for evidence in group]) for name in names}
-    static: dict[str, Any] = {}
-
-    def one(tensors: dict[str, Any]) -> dict[str, Tensor]:
-        selection = method.select(dataclasses.replace(group[0], **tensors), site)
-        static["repeats"] = selection.repeats
-        present = {name: getattr(selection, name) for name in _ANSWERS if getattr(selection, name) is not None}
-        return present | {f"measure {name}": value for name, value in selection.measures.items()}
-
-    out = torch.vmap(one)(stacked)
-    selections = []
-    for i in range(len(group)):
-        fields = {name: value[i] for name, value in out.items() if not name.startswith("measure ")}
-        measures = {name.removeprefix("measure "): v[i] for name, v in out.items() if name.startswith("measure ")}
-        selections.append(Selection(**fields, measures=measures, repeats=static["repeats"]))
-    return selections
-
-
-def _check(method: Method, evidence: Evidence, selections: Sequence[Selection], site: int) -> None:
-    """Check the selections of one group, with a single transfer from the device."""
-    n, k = evidence.n, len(selections[0].keep)
-    expected = method.expected(n, evidence.total, site, evidence.depth)
-    if expected is not None and k != expected:
-        raise ContractError(f"`{method.name}` announced {expected} of {n} tokens at site {site} and kept {k}")
-    if (selections[0].stay is not None) and not method.adaptive:
-        raise ContractError(f"`{method.name}` answered with `stay` but is not declared adaptive")
-    if k == 0:
-        return
-    keep = torch.stack([selection.keep for selection in selections])
-    steps = keep.diff(dim=1)
-    bad = (keep[:, 0] < 0) | (keep[:, -1] >= n) | (steps < (0 if selections[0].repeats else 1)).any(dim=1)
-    if bool(bad.any()):
-        raise ContractError(
-            f"`{method.name}` must return sorted, unique indices in range({n}) at site {site}, "
-            f"got {keep[bad.nonzero()[0, 0]].tolist()[:16]}..."
-        )

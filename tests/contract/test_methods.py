@@ -16,7 +16,8 @@ import torch
 
 import foveate
 from foveate import Evidence, Method, MissingEvidence, PromptMethod, Selection, registry
-from foveate.core import DECLARABLE, Chain, select_all
+from foveate.core import DECLARABLE, Chain
+from foveate.selection import select_all
 from tests.methods.helpers import converted, make_evidence, permuted, tensors
 
 DEPTH = 32
@@ -24,7 +25,7 @@ SPECS = [
     "adav:keep=7",
     "adav:keep=0.25,temperature=10.0,fixed=0.5",
     "evocut:keep=7",
-    "evocut:keep=0.3,per=global,directions=3",
+    "evocut:keep=0.3,share=global,directions=3",
     "grid:keep=6",
     "pool:keep=7",
     "random:keep=7,seed=3",

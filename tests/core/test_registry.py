@@ -91,7 +91,7 @@ def test_spaces_do_not_matter_and_a_plus_makes_a_chain() -> None:
         ("evocut:keep=4,keep=5", BudgetError, "option 'keep' is given twice", "once"),
         ("evocut:keep=64,alpha=x", BudgetError, "alpha must be a number, got 'x'", "help(foveate.EvoCut)"),
         ("evocut:keep=64,directions=2.5", BudgetError, "directions must be a whole number", "help(foveate.EvoCut)"),
-        ("evocut:keep=64,per=both", BudgetError, "per must be crop or global, got 'both'", "help(foveate.EvoCut)"),
+        ("evocut:keep=64,share=both", BudgetError, "share must be crop or global, got 'both'", "help(foveate.EvoCut)"),
         ("adav:keep=64,compat=maybe", BudgetError, "compat must be true or false", "help(foveate.AdaV)"),
         ("todre:keep=64,exit=abc", BudgetError, "exit must be a number or none", "help(foveate.ToDRE)"),
         ("v2drop:stages=3", BudgetError, "stages must be 3@0.5/17@0.3 or none, got '3'", "help(foveate.V2Drop)"),

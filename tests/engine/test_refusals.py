@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 import foveate
 from foveate.core import Evidence, Selection
@@ -92,39 +91,6 @@ def test_a_tower_read_the_wrong_way(tower: Any, strategy: str) -> None:
     model = tiny_llava(tower=tower)
     model.config.vision_feature_select_strategy = strategy
     _refused(foveate.UnsupportedModel, lambda: compress(model, SITE_0), "vision_feature_select_strategy")
-
-
-def _windowed(window: int | None) -> Any:
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=40, patch_size=10
-    )
-    text = MistralConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        sliding_window=window,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=TOKENS)
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
-
-
-def test_a_sliding_window_allows_site_0_only() -> None:
-    windowed = _windowed(12)
-    before = _logits(windowed)
-    for method in (INSIDE, "evocut:keep=4 + v2drop:stages=2@0.5", "todre:keep=4,exit=0.5"):
-        _refused(foveate.UnsupportedModel, lambda m=method: compress(windowed, m), "full-attention")
-    with compress(windowed, SITE_0) as handle:
-        _logits(windowed)
-        assert handle.report.kept == 15
-    assert torch.equal(_logits(windowed), before)
-    with compress(_windowed(None), INSIDE) as handle:
-        _logits(handle.model)
-        assert handle.report.images[0].alive == (16, 16, 8, 8, 0, 0)
 
 
 # -- at the call

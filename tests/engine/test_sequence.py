@@ -51,7 +51,7 @@ def _spread(rows: list[Row], length: int) -> tuple[list[list[int]], list[list[li
 
 def _layout(rows: list[Row], padding: int) -> tuple[Layout, Tensor, Tensor]:
     ids, mask, sizes = _ids(rows, padding)
-    return find(ids, mask, {"image": IMAGE}, {"image": sizes}), ids, mask
+    return find(mask, {"image": ids == IMAGE}, {"image": sizes}), ids, mask
 
 
 def _columns(plan: Plan) -> list[list[int]]:
@@ -213,12 +213,11 @@ def test_wrong_numbers_are_refused(batch: tuple[list[Row], int], data: st.DataOb
     ids, mask, sizes = _ids(rows, padding)
     wrong = [*sizes, 1] if not sizes or data.draw(st.booleans()) else [*sizes[:-1], sizes[-1] + 1]
     with pytest.raises(UnsupportedCall) as error:
-        find(ids, mask, {"image": IMAGE}, {"image": wrong})
+        find(mask, {"image": ids == IMAGE}, {"image": wrong})
     assert str(sum(sizes)) in str(error.value) and str(sum(wrong)) in str(error.value) and error.value.hint
     with pytest.raises(UnsupportedCall, match="right"):
         find(
-            torch.nn.functional.pad(ids, (0, 1)),
             torch.nn.functional.pad(mask, (0, 1)),
-            {"image": IMAGE},
+            {"image": torch.nn.functional.pad(ids == IMAGE, (0, 1))},
             {"image": sizes},
         )

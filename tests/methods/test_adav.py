@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from foveate import AdaV, BudgetError, Evidence
-from foveate.core import select_all
+from foveate.selection import select_all
 from tests.methods.helpers import Array, array, gap, make_evidence, waves
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from foveate import registry
-from foveate.core import select_all
+from foveate.selection import select_all
 from tests.methods.helpers import array, make_evidence, top
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text(encoding="utf-8")

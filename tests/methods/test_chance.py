@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate import BudgetError, Random
-from foveate.core import select_all
+from foveate.selection import select_all
 from tests.methods.helpers import make_evidence, permuted
 
 MASK = (1 << 64) - 1

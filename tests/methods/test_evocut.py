@@ -106,7 +106,7 @@ def test_each_crop_gets_its_share_and_global_ranks_all_together() -> None:
     scores = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
     evidence = make_evidence(10, encoder_fold=scores, crops=(4, 3, 3))
     assert EvoCut(keep=5).select(evidence, 0).keep.tolist() == [0, 1, 4, 5, 7]
-    assert EvoCut(keep=5, per="global").select(evidence, 0).keep.tolist() == [0, 1, 2, 3, 4]
+    assert EvoCut(keep=5, share="global").select(evidence, 0).keep.tolist() == [0, 1, 2, 3, 4]
     uneven = make_evidence(10, encoder_fold=scores, crops=(1, 3, 6))
     assert EvoCut(keep=7).select(uneven, 0).keep.tolist() == [0, 1, 2, 3, 4, 5, 6]
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from foveate import BudgetError, ToDRE
-from foveate.core import select_all
 from foveate.methods.todre import ToDREDiversity, ToDREExit
+from foveate.selection import select_all
 from tests.methods.helpers import Array, array, make_evidence, waves
 
 
@@ -66,11 +66,13 @@ def test_max_sum_and_k_center_differ() -> None:
     assert ToDRE(keep=3, exit=None, diversity="k_center").select(evidence, 0).keep.tolist() == [0, 1, 3]
 
 
-def test_the_pivot_of_several_crops_is_in_the_first() -> None:
+def test_the_pivot_is_in_the_thumbnail_if_there_is_one() -> None:
     saliency = torch.tensor([0.1, 0.2, 0.1, 0.1, 0.9, 0.3])
     whole = make_evidence(6, encoder_saliency=saliency)
-    crops = make_evidence(6, encoder_saliency=saliency, crops=(3, 3))
+    crops = make_evidence(6, encoder_saliency=saliency, crops=(3, 3), thumbnail=0)
+    frames = make_evidence(6, encoder_saliency=saliency, crops=(3, 3))
     assert ToDRE(keep=1, exit=None).select(whole, 0).keep.tolist() == [4]
+    assert ToDRE(keep=1, exit=None).select(frames, 0).keep.tolist() == [4]
     assert ToDRE(keep=1, exit=None).select(crops, 0).keep.tolist() == [1]
 
 

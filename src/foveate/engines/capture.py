@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,22 +20,44 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foveate.core import Method
+from foveate.core import ENCODER_EVIDENCE, Method
 from foveate.engines.state import Attachment
 from foveate.families import Family
 
 Listener = Callable[[nn.Module, Tensor, Tensor, Tensor | None, float | None], None]
 
 _CHUNK = 128  # query rows per step where many rows are averaged
+_HIDDEN = -1e4  # an additive mask below this hides
 
 
+@dataclass
 class Record:
-    """What the encoder showed, per encoder forward: folds by the method's place, saliency by layer, keys."""
+    """What the encoder showed of one modality's pictures: one value per patch of the call, in one flat list.
 
-    def __init__(self) -> None:
-        self.folds: dict[int, Tensor] = {}
-        self.saliency: dict[str, Tensor] = {}
-        self.keys: Tensor | None = None
+    Args:
+        modality: ``image`` or ``video``.
+        arguments: Of the call.
+        segments: Patches of each encoder forward; known when the first layer ends.
+        folds: By the method's place.
+        saliency: By layer, in the pieces in which the encoder computes attention.
+        keys: Head-mean keys of the feature layer, in the same pieces.
+    """
+
+    modality: str
+    arguments: Mapping[str, Any]
+    segments: list[int] = field(default_factory=list)
+    folds: dict[int, Tensor] = field(default_factory=dict)
+    saliency: dict[str, list[Tensor]] = field(default_factory=dict)
+    keys: list[Tensor] = field(default_factory=list)
+
+    def evidence(self, method: Method, place: int) -> dict[str, Tensor]:
+        """What the encoder showed of what a method reads: [p] or [p, v] over all patches of the call."""
+        pieces = {
+            "encoder_fold": [self.folds[place]] if place in self.folds else [],
+            "encoder_saliency": self.saliency.get(method.saliency_layer, []),
+            "encoder_keys": self.keys,
+        }
+        return {name: torch.cat(found) for name, found in pieces.items() if found and name in method.needs}
 
 
 class EncoderCapture:
@@ -44,25 +67,33 @@ class EncoderCapture:
         self._model, self._family = model, family
         self._local = threading.local()
         needs = {need for method in methods for need in method.needs}
-        if not needs & {"encoder_fold", "encoder_saliency", "encoder_keys"}:
+        if not needs & ENCODER_EVIDENCE:
             return
-        layers: Any = family.encoder_layers(model)
+        towers: list[Any] = []
+        for modality in family.modalities:
+            layers = family.encoder_layers(model, modality)
+            if all(layers is not tower for tower in towers):
+                towers.append(layers)
+        for layers in towers:
+            self._attach(layers, methods, needs, attachment)
+
+    def _attach(self, layers: Any, methods: Sequence[Method], needs: set[str], attachment: Attachment) -> None:
         for place, method in enumerate(methods):
             if "encoder_fold" in method.needs:
                 for transition in method.encoder_layers(len(layers)):
                     hook = layers[transition - 1].register_forward_hook(self._folder(place, method), with_kwargs=True)
                     attachment.add(hook.remove)
-        places = {"feature": family.feature_layer(model), "last": len(layers) - 1}
+        places = {"feature": self._family.feature_layer(self._model), "last": len(layers) - 1}
         wanted = {method.saliency_layer for method in methods if "encoder_saliency" in method.needs}
         for name in sorted(wanted):
-            tap(layers[places[name]].self_attn, self._saliency(name), attachment)
+            tap(self._family.encoder_attention(layers[places[name]]), self._saliency(name), attachment)
         if "encoder_keys" in needs:
-            tap(layers[places["feature"]].self_attn, self._keys, attachment)
+            tap(self._family.encoder_attention(layers[places["feature"]]), self._keys, attachment)
 
     @contextmanager
-    def recording(self) -> Iterator[Record]:
-        """Record the encoder passes of this thread."""
-        record = self._local.record = Record()
+    def recording(self, modality: str, arguments: Mapping[str, Any]) -> Iterator[Record]:
+        """Record the encoder passes of this thread over the pictures of one modality."""
+        record = self._local.record = Record(modality, arguments)
         try:
             yield record
         finally:
@@ -77,16 +108,12 @@ class EncoderCapture:
             record = self._record
             if record is None:
                 return
-            before = self._family.rows(self._model, args[0] if args else kwargs["hidden_states"])
-            after = self._family.rows(self._model, output[0] if isinstance(output, tuple) else output)
-            carry = record.folds.get(place)
-            if len(before) == 1:  # one encoder forward: vmap's bookkeeping would take a quarter of the fold's time
-                folded = method.fold(None if carry is None else carry[0], before[0], after[0])[None]
-            elif carry is None:
-                folded = torch.vmap(lambda b, a: method.fold(None, b, a))(before, after)
-            else:
-                folded = torch.vmap(method.fold)(carry, before, after)
-            record.folds[place] = folded
+            states = args[0] if args else kwargs["hidden_states"]
+            before = self._family.patches(self._model, states)
+            if not record.segments:
+                record.segments = self._family.segments(self._model, record.modality, record.arguments, before)
+            after = self._family.patches(self._model, output[0] if isinstance(output, tuple) else output)
+            record.folds[place] = _fold(method, record.folds.get(place), before, after, record.segments)
 
         return hook
 
@@ -96,22 +123,49 @@ class EncoderCapture:
             if record is None:
                 return
             if self._family.has_cls(self._model):
-                record.saliency[name] = attention_rows(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mean(1)
+                received = attention_rows(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mean(1)
             else:
-                record.saliency[name] = _column_mean(query, key, scaling)
+                received = _column_mean(query, key, scaling, mask)
+            record.saliency.setdefault(name, []).append(received.flatten())
 
         return listen
 
     def _keys(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         if self._record is not None:
-            self._record.keys = self._family.rows(self._model, key.mean(1))
+            mean = self._family.patches(self._model, key.mean(1))
+            self._record.keys.append(mean.reshape(-1, mean.shape[-1]))
 
 
-def _column_mean(query: Tensor, key: Tensor, scaling: float | None) -> Float[Tensor, "b n"]:
-    """Mean over heads and queries of the attention each patch receives, chunk by chunk."""
-    total = sum(attention_rows(q, key, scaling, None).sum((1, 2)) for q in query.split(_CHUNK, dim=2))
-    assert isinstance(total, Tensor)
-    return total / (query.shape[1] * query.shape[2])
+def _fold(
+    method: Method, carry: Tensor | None, before: Tensor, after: Tensor, segments: Sequence[int]
+) -> Float[Tensor, " p"]:
+    """One transition of every encoder forward; forwards of equal size go through one `torch.vmap`."""
+    if before.dim() == 2 and len(set(segments)) == 1:
+        before, after = (states.unflatten(0, (len(segments), -1)) for states in (before, after))
+    if before.dim() == 2:
+        sizes = list(segments)
+        carries: Sequence[Tensor | None] = [None] * len(sizes) if carry is None else carry.split(sizes)
+        each = zip(carries, before.split(sizes), after.split(sizes), strict=True)
+        return torch.cat([method.fold(c, b, a) for c, b, a in each])
+    if len(before) == 1:  # vmap's bookkeeping would take a quarter of the fold's time
+        return method.fold(carry, before[0], after[0])
+    if carry is None:
+        return torch.vmap(lambda b, a: method.fold(None, b, a))(before, after).flatten()
+    return torch.vmap(method.fold)(carry.unflatten(0, (len(before), -1)), before, after).flatten()
+
+
+def _column_mean(query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> Float[Tensor, "b n"]:
+    """Mean over heads and queries of the attention each patch receives, chunk by chunk; unseen pairs do not count."""
+    if mask is None:
+        total = sum(attention_rows(q, key, scaling, None).sum((1, 2)) for q in query.split(_CHUNK, dim=2))
+        assert isinstance(total, Tensor)
+        return total / (query.shape[1] * query.shape[2])
+    allowed = mask[..., : key.shape[2]] if mask.dtype == torch.bool else mask[..., : key.shape[2]] > _HIDDEN
+    allowed = allowed.expand(-1, -1, query.shape[2], -1)
+    total = torch.zeros_like(key[:, 0, :, 0], dtype=torch.float32)
+    for q, seen in zip(query.split(_CHUNK, dim=2), allowed.split(_CHUNK, dim=2), strict=True):
+        total += attention_rows(q, key, scaling, seen).masked_fill(~seen, 0.0).sum((1, 2))  # a blind row is NaN
+    return total / (query.shape[1] * allowed[:, 0].sum(1).clamp(min=1))
 
 
 def attention_rows(
@@ -179,7 +233,8 @@ def tap(module: nn.Module, listen: Listener, attachment: Attachment) -> None:
     def attention(
         inner: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        listen(module, query, key, attention_mask, kwargs.get("scaling"))
+        for q, k in _packed(query, key, kwargs.get("cu_seq_lens_q")):
+            listen(module, q, k, attention_mask, kwargs.get("scaling"))
         kernel = outer or sys.modules[type(module).__module__].eager_attention_forward
         return kernel(_AsWas(inner, original), query, key, value, attention_mask, *args, **kwargs)
 
@@ -193,6 +248,14 @@ def tap(module: nn.Module, listen: Listener, attachment: Attachment) -> None:
         AttentionInterface._global_mapping.pop(name, None)
 
     attachment.add(undo)
+
+
+def _packed(query: Tensor, key: Tensor, borders: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of each of the sequences that a flash kernel gets packed into one."""
+    if borders is None:
+        return [(query, key)]
+    sizes = borders.diff().tolist()
+    return list(zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True))
 
 
 class _AsWas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,17 @@ from foveate.engines.state import Frame
 
 @dataclass(frozen=True)
 class Turn:
-    """What a cache remembers of the prompt that filled it, so that the next turn is cut alike."""
+    """What a cache remembers of the prompt that filled it, so that the next turn is cut alike.
+
+    Args:
+        ids: The prompt as the caller passed it.
+        plan: Which of its tokens are in the cache.
+        positions: Positions of those, [b, s] or [axes, b, s].
+    """
 
     ids: Tensor
     plan: Plan
+    positions: Tensor
 
     def expand(self, batch: int) -> Turn:
         """Return the turn of a batch in which every row is repeated in place, as several returned answers do."""
@@ -25,7 +33,8 @@ class Turn:
         if times == 1:
             return self
         valid = None if plan.valid is None else plan.valid.repeat_interleave(times, 0)
-        return Turn(self.ids.repeat_interleave(times, 0), Plan(plan.index.repeat_interleave(times, 0), valid))
+        plan = Plan(plan.index.repeat_interleave(times, 0), valid)
+        return Turn(self.ids.repeat_interleave(times, 0), plan, self.positions.repeat_interleave(times, -2))
 
 
 @dataclass(frozen=True)
@@ -50,15 +59,32 @@ class Cut:
         return self.ids.shape[1] - int(self.arguments["input_ids"].shape[1])
 
 
-def count_positions(mask: Tensor) -> Tensor:
-    """Positions as ``generate`` counts them: the number of real tokens before each one."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+def shorten_lengths(cut: Cut, config: Any) -> None:
+    """Lengths that count the prompt count the caller's prompt: translate them."""
+    if not cut.removed:
+        return
+    for bound in ("max", "min"):
+        length = _option(cut.arguments, config, f"{bound}_length")
+        if length and _option(cut.arguments, config, f"{bound}_new_tokens") is None:
+            cut.arguments[f"{bound}_length"] = max(0, length - cut.removed)
 
 
-def infer_mask(ids: Tensor, pad: Any, eos: Any) -> Tensor:
-    """The mask that ``generate`` makes when it gets none: padding is told by its id, unless that also ends a text."""
+def with_mask(arguments: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+    """Add the mask that ``generate`` makes when it gets none: padding is told by its id, unless that ends a text too."""
+    ids = arguments.get("input_ids")
+    if ids is None or arguments.get("attention_mask") is not None:
+        return arguments
+    pad, eos = (_option(arguments, config, name) for name in ("pad_token_id", "eos_token_id"))
     ends = torch.as_tensor([] if eos is None else eos).flatten().tolist()
-    return torch.ones_like(ids) if pad is None or int(pad) in ends else ids.ne(int(pad)).long()
+    plain = pad is None or int(pad) in ends
+    return {**arguments, "attention_mask": torch.ones_like(ids) if plain else ids.ne(int(pad)).long()}
+
+
+def _option(arguments: Mapping[str, Any], config: Any, name: str) -> Any:
+    """What ``generate`` takes for an option: the first that is set of argument, given config, model's config."""
+    given = (arguments.get("generation_config"), config)
+    values = (arguments.get(name), *(getattr(each, name, None) for each in given))
+    return next((value for value in values if value is not None), None)
 
 
 def with_prompt(output: Any, cut: Cut) -> Any:

@@ -8,8 +8,9 @@ its cache is what ``generate`` counts by. What the decode steps need rides on th
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -17,27 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
-from foveate.core import Evidence, Method, Selection, select_all
+from foveate.core import Evidence, Method, Selection
 from foveate.engines import sequence
 from foveate.engines.capture import tap, text_and_visual_mass
+from foveate.engines.masks import Cutting, Masks
 from foveate.engines.sequence import Layout, Plan
-from foveate.engines.state import Attachment, Frame, Frames, Stage
+from foveate.engines.state import Attachment, Frame, Frames, Stage, bind
 from foveate.errors import NothingCompressed, UnsupportedCall
 from foveate.families import Family
+from foveate.selection import select_all
 
 _PLANS = "_foveate_plans"
 _ATTENTION = frozenset({"relevance", "text_mass"})
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """One drop: from layer ``first`` on, only the columns of ``plan`` are left of the first ``length`` ones."""
-
-    first: int
-    plan: Plan
-    length: int
 
 
 @dataclass
@@ -79,14 +72,18 @@ class DecoderPart:
     ) -> None:
         self._frames = frames
         self._layers: Any = family.layers(model)
+        self._rows = family.row_arguments
         decoder: Any = family.decoder(model)
-        self._config = decoder.config
         self._depth = len(self._layers)
+        self._masks = Masks(decoder.config, self._depth)
+        self._names = [name for name in inspect.signature(type(self._layers[0]).forward).parameters if name != "self"]
         self._local = threading.local()
         self._at: dict[int, list[Method]] = {}
         for method in methods:
             for site in method.sites(self._depth):
                 self._at.setdefault(site, []).append(method)
+        base: Any = family.base(model)
+        attachment.wrap(base, "forward", self._wrap_base(base.forward))
         attachment.wrap(decoder, "forward", self._wrap(decoder.forward))
         wanted = {site: {need for m in here for need in m.needs} for site, here in self._at.items()}
         self._before = {site - 1 for site, needs in wanted.items() if "previous" in needs}
@@ -116,6 +113,20 @@ class DecoderPart:
         finally:
             stack.pop()
 
+    def _wrap_base(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Remember the 2-D mask: some models hand their decoder a finished 4-D one, or one for each kind of layer."""
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._local.mask = bind(signature, args, kwargs).get("attention_mask")
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._local.mask = None
+
+        return forward
+
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -132,7 +143,8 @@ class DecoderPart:
         empty = cache is None or not bool(past)
         if empty and cache is not None and hasattr(cache, _PLANS):
             delattr(cache, _PLANS)
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        masks = (mask, getattr(self._local, "mask", None))
+        mask = next((m for m in masks if isinstance(m, Tensor) and m.dim() == 2), None)
         if frame is None or not frame.images or not empty or embeds is None:
             cuttings = [] if cache is None or empty else getattr(cache, _PLANS, [])
             return Call(None, None, 0, mask, cuttings) if cuttings else None
@@ -154,7 +166,8 @@ class DecoderPart:
         call = self._call
         if call is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs = {**kwargs, **dict(zip(self._names, args, strict=False))}
+        hidden = kwargs.pop("hidden_states")
         if call.prefill and index in self._at:
             hidden = self._drop(call, index, hidden, kwargs.get("past_key_values"))
         if call.prefill and index in self._before:
@@ -162,7 +175,6 @@ class DecoderPart:
         cutting = next((c for c in reversed(call.cuttings) if c.first <= index), None)
         if cutting is None:
             return None
-        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         kwargs["position_ids"] = None  # already in the rotary embeddings; gaps look like packing to flash attention
         if call.prefill:
             if hidden.shape[1] != cutting.plan.index.shape[1]:
@@ -171,9 +183,14 @@ class DecoderPart:
                     "a hook or a patch between the layers changes the sequence; take it off",
                 )
             kwargs["position_embeddings"] = self._rotary(call, cutting, kwargs["position_embeddings"])
-            kwargs["attention_mask"] = self._prefill_mask(call, cutting, hidden, kwargs, index)
+            kwargs["attention_mask"] = self._masks.prefill(call.memo, cutting, hidden, kwargs, index)
+            for name in self._rows & kwargs.keys():
+                if kwargs[name] is not None:
+                    kwargs[name] = sequence.take(kwargs[name], cutting.plan.index, 1)
         else:
-            kwargs["attention_mask"] = self._decode_mask(call, cutting, hidden, kwargs.get("past_key_values"), index)
+            kwargs["attention_mask"] = self._masks.decode(
+                call.memo, cutting, call.mask, hidden, kwargs.get("past_key_values"), index
+            )
         return (hidden,), kwargs
 
     def _on_attention(
@@ -204,8 +221,8 @@ class DecoderPart:
         layout, device = call.layout, hidden.device
         kept = [span.positions.to(device)[alive] for span, alive in zip(layout.spans, call.alive, strict=True)]
         tail = torch.arange(layout.length, call.columns, device=device)
-        text = [torch.cat([row.to(device), tail]) for row in layout.text]
-        plan = sequence.make_plan(sequence.merge_rows(text, layout.spans, kept))
+        staying = [torch.cat([row.to(device), tail]) for row in layout.staying]
+        plan = sequence.make_plan(sequence.merge_rows(staying, layout.spans, kept))
         earlier = self._plan(call)
         columns = plan.index if earlier is None else plan.within(earlier, call.columns)
         call.cuttings.append(Cutting(site, plan, call.columns))
@@ -262,6 +279,7 @@ class DecoderPart:
             features=torch.cat(rows),
             total=sum(s.evidence.total for s in seen),
             depth=self._depth,
+            modality=first.modality,
             seed=first.seed,
             **extra,
         )
@@ -320,35 +338,6 @@ class DecoderPart:
             taken = tuple(sequence.take(e, cutting.plan.index, e.dim() - 2) for e in embeddings)
             call.memo[key] = (embeddings, taken)
         return call.memo[key][1]
-
-    def _prefill_mask(self, call: Call, cutting: Cutting, hidden: Tensor, kwargs: Mapping[str, Any], index: int) -> Any:
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        key = ("prefill", cutting.first, id(mask))
-        if key not in call.memo:
-            if isinstance(mask, Tensor) and mask.dim() == 4:
-                made: Any = sequence.take_mask(mask, cutting.plan)
-            else:
-                made = create_causal_mask(self._config, hidden, cutting.plan.valid, cache, layer_idx=index)
-            call.memo[key] = (mask, made)
-        return call.memo[key][1]
-
-    def _decode_mask(self, call: Call, cutting: Cutting, hidden: Tensor, cache: Any, index: int) -> Any:
-        """The mask of THIS layer's survivors: the model's own is made for layer 0."""
-        key = ("decode", cutting.first)
-        if key not in call.memo:
-            valid, mask = cutting.plan.valid, call.mask
-            both = None
-            if valid is not None or mask is not None:
-                if valid is None:
-                    valid = torch.ones_like(cutting.plan.index, dtype=torch.bool)
-                if mask is None:
-                    total = int(cache.get_seq_length(index)) + hidden.shape[1]
-                    tail = valid.new_ones(len(valid), total - valid.shape[1])
-                else:
-                    tail = mask[:, cutting.length :].bool()
-                both = torch.cat([valid.to(hidden.device), tail.to(hidden.device)], 1)
-            call.memo[key] = create_causal_mask(self._config, hidden, both, cache, layer_idx=index)
-        return call.memo[key]
 
 
 def _part(selection: Selection, start: int, size: int) -> Selection:

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Evidence, Method, Selection, compose, select_all
+from foveate.core import Evidence, Method, Selection, compose
 from foveate.engines import sequence
 from foveate.engines.capture import EncoderCapture, Record
-from foveate.engines.cut import Cut, PromptFirst, Turn, count_positions, infer_mask, with_prompt
+from foveate.engines.cut import Cut, PromptFirst, Turn, shorten_lengths, with_mask, with_prompt
 from foveate.engines.sequence import Layout, Plan
 from foveate.engines.state import Attachment, Clock, Frame, Frames, Seen, Stage, bind
 from foveate.errors import NothingCompressed, UnsupportedCall
-from foveate.families import Family
+from foveate.families import Family, Picture
+from foveate.selection import select_all
 
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+#: Arguments with one entry per token of the prompt.
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 _TURN = "_foveate_turn"
 
 
@@ -51,6 +53,7 @@ class PromptPart:
         self._capture = EncoderCapture(model, family, methods, attachment)
         self._generate_signature = inspect.signature(model.generate)
         attachment.wrap(model, "generate", self._wrap_generate(model.generate))
+        attachment.wrap(model, "_expand_multimodal_outputs", self._wrap_expand(model._expand_multimodal_outputs))
         for module in dict.fromkeys((model, family.base(model))):
             attachment.wrap(module, "forward", self._wrap_forward(module.forward))
 
@@ -63,11 +66,11 @@ class PromptPart:
             arguments = bind(self._generate_signature, args, kwargs)
             if "inputs" in arguments:
                 arguments["input_ids"] = arguments.pop("inputs")
-            cut = None if self._frames.inside else self.cut(self._with_mask(arguments))
+            cut = None if self._frames.inside else self.cut(with_mask(arguments, self._model.generation_config))
             if cut is None:
                 with self._frames.entered(None):
                     return original(**arguments)
-            self._shorten_lengths(cut)
+            shorten_lengths(cut, self._model.generation_config)
             if cut.removed and cut.arguments.get("streamer") is not None:
                 cut.arguments["streamer"] = PromptFirst(cut.arguments["streamer"], cut.ids)
             with self._frames.entered(cut.frame):
@@ -94,6 +97,31 @@ class PromptPart:
 
         return forward
 
+    def _wrap_expand(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Beams repeat each prompt's pictures; transformers' own way needs pictures of equal size in some families."""
+
+        @functools.wraps(original)
+        def expand(input_ids: Any, mm_encoder_output: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+            frame = self._frames.top
+            if frame is None:
+                return original(input_ids, mm_encoder_output, expand_size=expand_size, **kwargs)
+            order = [
+                frame.images[span.source]
+                for row in range(frame.layout.batch)
+                for _ in range(expand_size)
+                for span in frame.layout.spans
+                if span.row == row
+            ]
+            outputs = {m: output for m, output in mm_encoder_output.items() if output is not None}
+            return {m: self._carrier(output, [s for s in order if s.modality == m]) for m, output in outputs.items()}
+
+        return expand
+
+    def _carrier(self, output: Any, images: Sequence[Seen]) -> Any:
+        """A fresh encoder output that carries what is left of these pictures."""
+        kept = [seen.picture.kept(seen.origin, seen.evidence.features) for seen in images]
+        return self._family.with_rows(output, [rows for rows, _ in kept], [levels for _, levels in kept])
+
     def _close(self, cut: Cut, output: Any) -> None:
         """Check that what should have left has left, tell the handle, and leave the turn on the cache."""
         if cut.frame is not None:
@@ -109,28 +137,6 @@ class PromptPart:
             cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if cut.turn is not None and cache is not None:
             setattr(cache, _TURN, cut.turn)
-
-    def _shorten_lengths(self, cut: Cut) -> None:
-        """Lengths that count the prompt count the caller's prompt: translate them."""
-        if not cut.removed:
-            return
-        for bound in ("max", "min"):
-            length = self._option(cut.arguments, f"{bound}_length")
-            if length and self._option(cut.arguments, f"{bound}_new_tokens") is None:
-                cut.arguments[f"{bound}_length"] = max(0, length - cut.removed)
-
-    def _option(self, arguments: Mapping[str, Any], name: str) -> Any:
-        """What ``generate`` takes for an option: the first that is set of argument, given config, model's config."""
-        given = (arguments.get("generation_config"), self._model.generation_config)
-        values = (arguments.get(name), *(getattr(config, name, None) for config in given))
-        return next((value for value in values if value is not None), None)
-
-    def _with_mask(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        ids = arguments.get("input_ids")
-        if ids is None or arguments.get("attention_mask") is not None:
-            return arguments
-        pad, eos = (self._option(arguments, name) for name in ("pad_token_id", "eos_token_id"))
-        return {**arguments, "attention_mask": infer_mask(ids, pad, eos)}
 
     # -- the cut
 
@@ -181,26 +187,23 @@ class PromptPart:
                 "pass the 2-D mask that the processor gives",
             )
         clock = Clock(ids.device)
-        outputs: dict[str, Any] = {}
-        taken: set[str] = set()
-        with self._capture.recording() as record, self._frames.entered(None), clock.section("encode"):
-            for modality in media:
-                outputs[modality], used = self._family.encode(self._model, modality, arguments)
-                taken |= used
-        features = {modality: self._family.features(output) for modality, output in outputs.items()}
-        sizes = {modality: [len(f) for f in each] for modality, each in features.items()}
-        tokens = {modality: self._family.token_id(self._model, modality) for modality in media}
-        layout = sequence.find(ids, mask, tokens, sizes)
-        images = self._see(layout, ids, features, record, arguments)
+        outputs, pictures, records, taken = self._encode(arguments, media, clock)
+        layout = sequence.find(
+            mask,
+            {modality: self._family.placeholders(self._model, modality, ids, arguments) for modality in media},
+            {modality: [len(picture.rows) for picture in each] for modality, each in pictures.items()},
+            {modality: [picture.visual for picture in each] for modality, each in pictures.items()},
+        )
+        images = self._see(layout, ids, pictures)
         with clock.section("select"):
-            keeps = self._select(images, features, record)
+            keeps = self._select(images, records)
         whole = all(len(keep) == seen.tokens for keep, seen in zip(keeps, images, strict=True))
         frame = Frame(layout, images, clock, tuple(mask.sum(1).tolist()), set(self._inner_sites) if images else set())
         rest = {name: value for name, value in arguments.items() if name not in taken}
-        for modality, output in outputs.items():
-            mine = [images[span.source].evidence.features for span in _by_number(layout, modality)]
-            ready = rest.get("mm_encoder_outputs") or {}
-            rest["mm_encoder_outputs"] = {**ready, modality: self._family.with_features(output, mine)}
+        rest["mm_encoder_outputs"] = {
+            modality: self._carrier(output, [seen for seen in images if seen.modality == modality])
+            for modality, output in outputs.items()
+        }
         if whole:
             return Cut(rest, ids, frame, None)
         frame.layout, plan = layout.shortened(keeps)
@@ -211,7 +214,8 @@ class PromptPart:
             )
         plan = plan.to(ids.device)
         rest.update(self._short(rest, ids, mask, plan))
-        return Cut(rest, ids, frame, Turn(ids, plan))
+        rest["position_ids"] = positions = self._positions_of(arguments, rest, mask, plan)
+        return Cut(rest, ids, frame, Turn(ids, plan, positions))
 
     def _next_turn(self, arguments: Mapping[str, Any], turn: Turn) -> Cut | None:
         """The pictures are in the cache already: cut the same positions again."""
@@ -245,20 +249,24 @@ class PromptPart:
             None if valid is None else torch.cat([valid, torch.ones_like(tail, dtype=torch.bool)], 1),
         )
         rest.update(self._short(rest, ids, mask, plan))
+        if arguments.get("position_ids") is not None:
+            rest["position_ids"] = self._positions_of(arguments, rest, mask, plan)
+        else:
+            after = turn.positions[..., -1:] + mask[:, seen:].long().cumsum(-1)
+            rest["position_ids"] = torch.cat([turn.positions, after], -1)
         return Cut(rest, ids, None, turn)
 
     def _next_tokens(self, rest: dict[str, Any], ids: Tensor, mask: Tensor | None, turn: Turn) -> Cut | None:
         """Only new tokens, as a decoding loop of one's own passes them: shorten what speaks of the whole prompt."""
         if mask is not None and mask.shape[1] >= turn.ids.shape[1] + ids.shape[1]:
             seen = turn.ids.shape[1]
-            long = mask
             head = sequence.take(mask[:, :seen], turn.plan.index, 1)
             if turn.plan.valid is not None:
                 head = head * turn.plan.valid.to(head.dtype)
             rest["attention_mask"] = mask = torch.cat([head, mask[:, seen:]], 1)
-            counted = long if self._positions == "original" else mask
             if rest.get("position_ids") is None:
-                rest["position_ids"] = count_positions(counted)[:, -ids.shape[1] :]
+                after = turn.positions[..., -1:] + mask[:, turn.plan.index.shape[1] :].long().cumsum(-1)
+                rest["position_ids"] = after[..., -ids.shape[1] :]
         elif self._positions == "original" and rest.get("position_ids") is None:
             raise UnsupportedCall(
                 "original positions cannot be continued without the attention_mask of all tokens",
@@ -275,33 +283,47 @@ class PromptPart:
             short = short.masked_fill(~plan.valid, config.pad_token_id or 0)
             new_mask = new_mask * plan.valid.to(new_mask.dtype)
         out: dict[str, Any] = {"input_ids": short, "attention_mask": new_mask}
-        given = arguments.get("position_ids")
-        if self._positions == "original":
-            given = count_positions(mask) if given is None else given
-            out["position_ids"] = sequence.take(given, plan.index, given.dim() - 1)
-        elif given is not None:
-            raise UnsupportedCall(
-                "`position_ids` were passed, and this method renumbers the tokens that stay",
-                'leave them out, or choose positions="original"',
-            )
-        else:  # counted alike by both doors, so that one can go on where the other stopped
-            out["position_ids"] = count_positions(new_mask)
-        for name in _PER_TOKEN:
+        for name in PER_TOKEN:
             if arguments.get(name) is not None:
                 out[name] = sequence.take(arguments[name], plan.index, 1)
         return out
 
+    def _positions_of(self, arguments: Mapping[str, Any], short: Mapping[str, Any], mask: Tensor, plan: Plan) -> Tensor:
+        """Positions of the tokens that stay; counted alike by both doors: one goes on where the other stopped."""
+        given = arguments.get("position_ids")
+        if self._positions == "original":
+            if given is None:
+                given = self._family.position_ids(self._model, arguments["input_ids"], mask, arguments)
+            return sequence.take(given, plan.index, given.dim() - 1)
+        if given is not None:
+            raise UnsupportedCall(
+                "`position_ids` were passed, and this method renumbers the tokens that stay",
+                'leave them out, or choose positions="original"',
+            )
+        return self._family.position_ids(self._model, short["input_ids"], short["attention_mask"], {})
+
     # -- evidence and selection
 
-    def _see(
-        self, layout: Layout, ids: Tensor, features: Mapping[str, list[Tensor]], record: Record, arguments: Any
-    ) -> list[Seen]:
+    def _encode(
+        self, arguments: Mapping[str, Any], media: Sequence[str], clock: Clock
+    ) -> tuple[dict[str, Any], dict[str, list[Picture]], dict[str, Record], set[str]]:
+        """Run the encoder once; return by modality what it gave, its pictures, what it showed, and what it took."""
+        outputs, pictures, records, taken = {}, {}, {}, set[str]()
+        for modality in media:
+            recording = self._capture.recording(modality, arguments)
+            with recording as record, self._frames.entered(None), clock.section("encode"):
+                output, used = self._family.encode(self._model, modality, arguments)
+            pictures[modality] = list(self._family.pictures(self._model, modality, output, arguments))
+            outputs[modality], records[modality], taken = output, record, taken | used
+        return outputs, pictures, records, taken
+
+    def _see(self, layout: Layout, ids: Tensor, pictures: Mapping[str, list[Picture]]) -> list[Seen]:
         needs = {need for method in self._methods for need in method.needs}
         embed = self._model.get_input_embeddings()
         images = []
         for span in layout.spans:
-            feature = features[span.modality][span.number]
-            grid = self._family.grid(self._model, feature, span.number, arguments)
+            picture = pictures[span.modality][span.number]
+            feature, order = picture.features, picture.crop_order
             extra: dict[str, Any] = {}
             if "text" in needs:
                 after = layout.text_after(span).to(ids.device)
@@ -312,26 +334,31 @@ class PromptPart:
                 number = zlib.crc32(ids[span.row].cpu()[text].numpy().tobytes(), place)
                 extra["seed"] = torch.tensor(number, device=feature.device)
             evidence = Evidence(
-                grid=grid,
-                coordinates=self._family.coordinates(grid, feature),
+                grid=picture.grid,
+                coordinates=picture.coordinates,
                 features=feature,
                 total=len(feature),
                 depth=self._depth,
-                crops=self._family.crops(grid),
+                modality=span.modality,
+                crops=picture.crops,
+                crop_order=None if order is None else order.to(feature.device),
+                thumbnail=picture.thumbnail,
                 **extra,
             )
             origin = torch.arange(len(feature), device=feature.device)
-            images.append(Seen(span.row, span.modality, span.number, len(feature), evidence, origin))
+            images.append(Seen(span.row, span.modality, span.number, len(feature), picture, evidence, origin))
         return images
 
-    def _select(self, images: Sequence[Seen], features: Mapping[str, list[Tensor]], record: Record) -> list[Tensor]:
+    def _select(self, images: Sequence[Seen], records: Mapping[str, Record]) -> list[Tensor]:
         """Run the methods of site 0 in order; each sees what the one before left. Return the tokens that stay."""
         done = [seen.origin for seen in images]
         for place, method in enumerate(self._methods):
-            captured = self._captured(place, method, features, record)
+            shown = {modality: record.evidence(method, place) for modality, record in records.items()}
             evidences = []
             for seen in images:
-                rows: dict[str, Any] = {name: values[seen.number][seen.origin] for name, values in captured.items()}
+                rows: dict[str, Any] = {
+                    name: seen.picture.evidence(values)[seen.origin] for name, values in shown[seen.modality].items()
+                }
                 evidences.append(dataclasses.replace(seen.evidence, **rows))
             for i, selection in enumerate(select_all(method, evidences, 0)):
                 if selection.stay is not None:
@@ -346,24 +373,6 @@ class PromptPart:
             seen.evidence = dataclasses.replace(seen.evidence, total=len(seen.origin))
         return done
 
-    def _captured(
-        self, place: int, method: Method, features: Mapping[str, list[Tensor]], record: Record
-    ) -> dict[str, list[Tensor]]:
-        values: dict[str, Tensor | None] = {
-            "encoder_fold": record.folds.get(place),
-            "encoder_saliency": record.saliency.get(method.saliency_layer),
-            "encoder_keys": record.keys,
-        }
-        return {
-            name: self._family.tokens(self._model, value, features["image"])
-            for name, value in values.items()
-            if value is not None and name in method.needs
-        }
-
     def _new_visual_tokens(self, ids: Tensor, start: int) -> bool:
         visual = [self._family.token_id(self._model, modality) for modality in self._family.media_arguments]
         return bool(torch.isin(ids[:, start:], torch.tensor(visual, device=ids.device)).any())
-
-
-def _by_number(layout: Layout, modality: str) -> list[Any]:
-    return sorted((span for span in layout.spans if span.modality == modality), key=lambda span: span.number)

@@ -6,8 +6,8 @@ sizes are known without waiting for the device; a `Plan` goes where the tensors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -25,7 +25,8 @@ class Span:
         modality: ``image`` or ``video``.
         number: Which of the call's images (or videos) it is.
         source: Which of the call's images and videos together it is.
-        positions: Where the tokens stand in the prompt, rising; text may stand between them.
+        positions: Where the visual tokens stand in the prompt, rising; text may stand between them.
+        fixed: Where its other placeholders stand (row breaks), which always stay.
     """
 
     row: int
@@ -33,6 +34,7 @@ class Span:
     number: int
     source: int
     positions: Int[Tensor, " n"]
+    fixed: Int[Tensor, " f"] = field(default_factory=lambda: torch.arange(0))
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,16 @@ class Layout:
     def batch(self) -> int:
         return len(self.text)
 
+    @property
+    def staying(self) -> list[Int[Tensor, " _"]]:
+        """For each row the positions of what never leaves: its text and the fixed placeholders of its images."""
+        fixed = [[span.fixed for span in self.spans if span.row == row] for row in range(self.batch)]
+        return [torch.cat([text, *rest]).sort().values for text, rest in zip(self.text, fixed, strict=True)]
+
     def text_after(self, span: Span) -> Int[Tensor, " t"]:
         """Return the positions of the text that follows an image."""
         text = self.text[span.row]
-        return text[text > span.positions[-1]]
+        return text[text > torch.cat([span.positions, span.fixed]).max()]
 
     def expand(self, batch: int) -> Layout:
         """Return the layout of a batch in which every row is repeated in place, as beams do."""
@@ -77,16 +85,16 @@ class Layout:
     def shortened(self, keeps: Sequence[Int[Tensor, " _"]]) -> tuple[Layout, Plan]:
         """Return the layout in which span i holds only its tokens ``keeps[i]``, and the plan that leads there."""
         kept = [span.positions[keep.cpu()] for span, keep in zip(self.spans, keeps, strict=True)]
-        plan = make_plan(merge_rows(self.text, self.spans, kept))
+        plan = make_plan(merge_rows(self.staying, self.spans, kept))
         length = plan.index.shape[1]
         text, spans = list(self.text), list(self.spans)
         for row in range(self.batch):
             mine = [i for i, span in enumerate(self.spans) if span.row == row]
-            pieces = [text[row], *(kept[i] for i in mine)]
+            pieces = [text[row], *(kept[i] for i in mine), *(spans[i].fixed for i in mine)]
             rank = torch.cat(pieces).argsort(stable=True).argsort() + length - sum(map(len, pieces))
             text[row], *rest = rank.split([len(piece) for piece in pieces])
-            for i, positions in zip(mine, rest, strict=True):
-                spans[i] = replace(spans[i], positions=positions)
+            for i, positions, fixed in zip(mine, rest[: len(mine)], rest[len(mine) :], strict=True):
+                spans[i] = replace(spans[i], positions=positions, fixed=fixed)
         return Layout(length, tuple(text), tuple(spans)), plan
 
 
@@ -114,30 +122,33 @@ class Plan:
 
 
 def find(
-    ids: Int[Tensor, "b s"], mask: Int[Tensor, "b s"], tokens: dict[str, int], sizes: dict[str, list[int]]
+    mask: Int[Tensor, "b s"],
+    placeholders: Mapping[str, Bool[Tensor, "b s"]],
+    sizes: Mapping[str, Sequence[int]],
+    visual: Mapping[str, Sequence[Int[Tensor, " _"] | None]] | None = None,
 ) -> Layout:
     """Find each image's tokens in a batch of prompts.
 
     Args:
-        ids: Prompt ids.
         mask: 1 on real tokens, 0 on padding.
-        tokens: Placeholder id of each modality.
-        sizes: Number of tokens of each image, in the order of the prompts, by modality.
+        placeholders: Which tokens are placeholders, by modality.
+        sizes: Number of placeholders of each image, in the order of the prompts, by modality.
+        visual: Which of them are visual tokens, None = all; left out: all of all images.
 
     Raises:
         UnsupportedCall: If rows are padded on the right, or placeholders and features differ in number.
     """
-    ids, real = ids.cpu(), mask.bool().cpu()
+    real = mask.bool().cpu()
     if bool((~real[:, -1] & real.any(1)).any()):
         raise UnsupportedCall(
             "the prompts are padded on the right, and a decoder continues after the last column",
             'set `processor.tokenizer.padding_side = "left"`',
         )
-    visual = torch.zeros_like(real)
+    taken = torch.zeros_like(real)
     spans: list[Span] = []
     for modality, counts in sizes.items():
-        here = (ids == tokens[modality]) & real
-        visual |= here
+        here = placeholders[modality].cpu() & real
+        taken |= here
         rows, columns = here.nonzero(as_tuple=True)
         if len(rows) != sum(counts):
             raise UnsupportedCall(
@@ -145,17 +156,24 @@ def find(
                 f"({len(counts)} {modality}s of {sorted(set(counts))} tokens)",
                 "let the processor expand the placeholders: one image in the text for each image passed, in order",
             )
-        for number, (row, column) in enumerate(zip(rows.split(counts), columns.split(counts), strict=True)):
+        which = [None] * len(counts) if visual is None else visual[modality]
+        each = zip(rows.split(list(counts)), columns.split(list(counts)), which, strict=True)
+        for number, (row, column, chosen) in enumerate(each):
             if bool((row != row[0]).any()):
                 raise UnsupportedCall(
                     f"the tokens of one {modality} are spread over two prompts of the batch",
                     "let the processor expand the placeholders: one image in the text for each image passed, in order",
                 )
-            spans.append(Span(int(row[0]), modality, number, 0, column))
+            if chosen is None:
+                spans.append(Span(int(row[0]), modality, number, 0, column))
+            else:
+                other = torch.ones(len(column), dtype=torch.bool)
+                other[chosen] = False
+                spans.append(Span(int(row[0]), modality, number, 0, column[chosen], column[other]))
     spans.sort(key=lambda span: (span.row, int(span.positions[0])))
     spans = [replace(span, source=i) for i, span in enumerate(spans)]
-    text = tuple((real[row] & ~visual[row]).nonzero()[:, 0] for row in range(len(ids)))
-    return Layout(ids.shape[1], text, tuple(spans))
+    text = tuple((real[row] & ~taken[row]).nonzero()[:, 0] for row in range(len(real)))
+    return Layout(real.shape[1], text, tuple(spans))
 
 
 def merge_rows(

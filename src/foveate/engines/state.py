@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foveate.core import Evidence, Selection
 from foveate.engines.sequence import Layout
+from foveate.families import Picture
 from foveate.report import ImageReport, Report, StageReport
 
 Stamp = float | torch.cuda.Event
@@ -78,6 +79,7 @@ class Seen:
         modality: ``image`` or ``video``.
         number: Which of the call's images (or videos) it is.
         tokens: Tokens the encoder made.
+        picture: What the family knows of it.
         evidence: What methods may see of the tokens that entered the LLM.
         origin: Original indices of the tokens still alive.
         stages: What happened to it so far.
@@ -87,6 +89,7 @@ class Seen:
     modality: str
     number: int
     tokens: int
+    picture: Picture
     evidence: Evidence
     origin: Tensor
     stages: list[Stage] = field(default_factory=list)
@@ -114,7 +117,7 @@ class Frame:
         """Return the report of this call; this is where the device is waited for."""
         rows = [seen.row for seen in self.images]
         images = tuple(_image_report(rows[:i].count(seen.row), seen, layers) for i, seen in enumerate(self.images))
-        text = sum(len(row) for row in self.layout.text)
+        staying = [len(row) for row in self.layout.staying]
         per_token = _kv_bytes_per_token(model)
         after = sum(sum(image.alive) for image in images)
         alive_at_0 = [sum(image.alive[0] for image in images if image.row == row) for row in range(self.layout.batch)]
@@ -124,11 +127,9 @@ class Frame:
             layers=layers,
             images=images,
             prompt_tokens=self.prompt_tokens,
-            prompt_tokens_after=tuple(
-                len(row) + alive for row, alive in zip(self.layout.text, alive_at_0, strict=True)
-            ),
+            prompt_tokens_after=tuple(text + alive for text, alive in zip(staying, alive_at_0, strict=True)),
             kv_bytes_before=per_token * layers * sum(self.prompt_tokens),
-            kv_bytes_after=per_token * (layers * text + after),
+            kv_bytes_after=per_token * (layers * sum(staying) + after),
             encode_ms=self.clock.ms("encode"),
             select_ms=self.clock.ms("select"),
             prefill_ms=self.clock.ms("prefill"),

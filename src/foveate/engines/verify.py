@@ -17,10 +17,10 @@ from foveate import registry
 from foveate.core import Method
 from foveate.engines import sequence
 from foveate.engines.base import compress
-from foveate.engines.sequence import Layout
+from foveate.engines.prompt import PER_TOKEN
 from foveate.engines.state import Frame
 from foveate.errors import UnsupportedCall, UnsupportedMethod
-from foveate.families import Family, family_of
+from foveate.families import Family, Picture, family_of
 
 #: Largest logit difference that rounding explains, by dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-1, torch.bfloat16: 5e-1}
@@ -93,6 +93,7 @@ def verify(
         "do_sample": False,
         "return_dict_in_generate": True,
         "output_logits": True,
+        "suppress_tokens": [family.token_id(model, modality) for modality in family.modalities],
     }
     built = registry.from_spec(method)
     with compress(model, built) as handle:
@@ -102,6 +103,8 @@ def verify(
         raise UnsupportedCall("there is no picture in the inputs", "pass what the processor gives, with pixel_values")
     if any(stage.selection.repeats for seen in frame.images for stage in seen.stages):
         raise UnsupportedMethod(f"`{registry.to_spec(built)}` reads rows twice, which masking cannot imitate")
+    if "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or []):
+        raise UnsupportedMethod("a recurrent layer reads hidden tokens too, so that masking cannot imitate dropping")
     reference = masked_logits(model, family, inputs, frame, output.sequences, handle.positions == "packed")
     start = inputs["input_ids"].shape[1] - 1
     logits = torch.stack(output.logits, 1).to(reference.device)
@@ -127,12 +130,16 @@ def masked_logits(
     given = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if given is None else given
     real = torch.cat([mask.bool(), mask.new_ones(batch, total - length, dtype=torch.bool)], 1).to(device)
-    layout, embeds = _full_length(model, family, inputs, mask, full, frame)
+    outputs = {m: family.encode(model, m, inputs)[0] for m in _media(family, inputs)}
+    pictures = {m: list(family.pictures(model, m, output, inputs)) for m, output in outputs.items()}
+    layout = sequence.find(
+        mask,
+        {m: family.placeholders(model, m, ids, inputs) for m in outputs},
+        {m: [len(picture.rows) for picture in each] for m, each in pictures.items()},
+        {m: [picture.visual for picture in each] for m, each in pictures.items()},
+    )
     layers = family.layers(model)
-    alive, masks = real.clone(), []
-    causal = torch.ones(total, total, dtype=torch.bool, device=device).tril()
-    itself = torch.eye(total, dtype=torch.bool, device=device)
-    entered = real
+    alive, each = real.clone(), []
     for layer in range(len(layers)):
         alive = alive.clone()
         for seen, span in zip(frame.images, layout.spans, strict=True):
@@ -140,47 +147,65 @@ def masked_logits(
                 if stage.site == layer:
                     alive[span.row, span.positions.to(device)] = False
                     alive[span.row, span.positions.to(device)[stage.kept]] = True
-        entered = alive if layer == 0 else entered
-        visible = causal & alive[:, None]
-        visible = visible | (itself & ~visible.any(-1, keepdim=True))  # rows nobody reads must not be empty
-        masks.append(torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min))
-    counted = entered if packed else real
-    positions = (counted.long().cumsum(-1) - 1).clamp(min=0)
+        each.append(alive)
     hooks = [
-        layer.register_forward_pre_hook(_hand_over(masks[index][:, None]), with_kwargs=True)
-        for index, layer in enumerate(layers)
+        layer.register_forward_pre_hook(_hide(alive), with_kwargs=True)
+        for layer, alive in zip(layers, each, strict=True)
     ]
+    tail = torch.ones_like(full[:, length:])
+    if packed:
+        positions = family.position_ids(model, full, each[0].long(), {})
+    else:
+        before = family.position_ids(model, ids, mask, inputs)
+        positions = torch.cat([before, before[..., -1:] + tail.cumsum(-1)], -1)
+    types = {
+        name: torch.cat([inputs[name], torch.zeros_like(tail)], 1) for name in PER_TOKEN if inputs.get(name) is not None
+    }
     try:
-        states = family.decoder(model)(
-            inputs_embeds=embeds, attention_mask=real.long(), position_ids=positions, use_cache=False
-        )
+        logits = model(
+            input_ids=full,
+            attention_mask=real.long(),
+            position_ids=positions,
+            mm_encoder_outputs={m: _full_rows(family, output, pictures[m], frame, m) for m, output in outputs.items()},
+            use_cache=False,
+            **types,
+        ).logits
     finally:
         for hook in hooks:
             hook.remove()
-    logits = model.get_output_embeddings()(states.last_hidden_state)
     assert isinstance(logits, Tensor)
     return logits
 
 
-def _full_length(
-    model: Any, family: Family, inputs: Mapping[str, Any], mask: Tensor, full: Tensor, frame: Frame
-) -> tuple[Layout, Tensor]:
-    """Return where the full prompt's tokens are, and its embeddings with the features that the LLM read."""
-    media = [m for m, name in family.media_arguments.items() if inputs.get(name) is not None]
-    features = {m: family.features(family.encode(model, m, inputs)[0]) for m in media}
-    sizes = {m: [len(f) for f in each] for m, each in features.items()}
-    layout = sequence.find(inputs["input_ids"], mask, {m: family.token_id(model, m) for m in media}, sizes)
-    embeds = model.get_input_embeddings()(full)
-    for seen, span in zip(frame.images, layout.spans, strict=True):
-        rows = features[span.modality][span.number].to(embeds)
-        embeds[span.row, span.positions] = rows
-        embeds[span.row, span.positions.to(seen.origin.device)[seen.origin]] = seen.evidence.features.to(embeds)
-    return layout, embeds
+def _media(family: Family, inputs: Mapping[str, Any]) -> list[str]:
+    return [m for m, name in family.media_arguments.items() if inputs.get(name) is not None]
 
 
-def _hand_over(mask: Tensor) -> Any:
+def _full_rows(family: Family, output: Any, pictures: list[Picture], frame: Frame, modality: str) -> Any:
+    """All rows of all pictures, with the features that the LLM read where a method changed them."""
+    rows, levels = [], []
+    for seen in frame.images:
+        if seen.modality == modality:
+            picture = pictures[seen.number]
+            features = picture.features.clone()
+            features[seen.origin] = seen.evidence.features.to(features)
+            all_of_them = picture.kept(torch.arange(len(features), device=features.device), features)
+            rows.append(all_of_them[0])
+            levels.append(all_of_them[1])
+    return family.with_rows(output, rows, levels)
+
+
+def _hide(alive: Tensor) -> Any:
+    """A hook that hides dead columns in the mask that the model made for a layer."""
+
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "attention_mask": mask}
+        mask, n = kwargs["attention_mask"], alive.shape[1]
+        if mask is None:
+            mask = torch.ones(n, n, dtype=torch.bool, device=alive.device).tril()[None, None]
+        visible = (mask if mask.dtype == torch.bool else mask == 0) & alive[:, None, None].to(mask.device)
+        visible = visible | (torch.eye(n, dtype=torch.bool, device=mask.device) & ~visible.any(-1, keepdim=True))
+        dtype = (args[0] if args else kwargs["hidden_states"]).dtype
+        return args, {**kwargs, "attention_mask": torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)}
 
     return hook
 
@@ -188,24 +213,17 @@ def _hand_over(mask: Tensor) -> Any:
 def random_inputs(model: Any, family: Family, seed: int = 0) -> dict[str, Any]:
     """Return a left-padded batch of two random prompts, with one and two random pictures."""
     generator = torch.Generator().manual_seed(seed)
-    size = model.config.vision_config.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    pixels = torch.randn(3, 3, height, width, generator=generator).to(model.device, model.dtype)
-    output, _ = family.encode(model, "image", {"pixel_values": pixels})
-    sizes = [len(f) for f in family.features(output)]
-    image, vocabulary = family.token_id(model, "image"), model.config.get_text_config().vocab_size
-    reserved = {image, model.config.get_text_config().pad_token_id}
+    media, runs = family.example(model, 3, generator)
+    text = model.config.get_text_config()
+    reserved = {text.pad_token_id, *(token for run in runs for token in run)}
+    words = [word for word in range(3, min(text.vocab_size, 1000)) if word not in reserved]
 
-    def words(n: int) -> list[int]:
-        drawn = torch.randint(3, min(vocabulary, image if image > 64 else vocabulary), (n,), generator=generator)
-        return [3 if word in reserved else word for word in drawn.tolist()]
+    def some(n: int) -> list[int]:
+        return [words[i] for i in torch.randint(len(words), (n,), generator=generator).tolist()]
 
-    rows = [
-        [*words(5), *[image] * sizes[0], *words(7)],
-        [*words(3), *[image] * sizes[1], *words(4), *[image] * sizes[2], *words(9)],
-    ]
+    rows = [[*some(5), *runs[0], *some(7)], [*some(3), *runs[1], *some(4), *runs[2], *some(9)]]
     length = max(map(len, rows))
-    pad = model.config.get_text_config().pad_token_id or 0
+    pad = text.pad_token_id or 0
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    return {"input_ids": ids, "attention_mask": mask, **media, **family.token_types(model, ids)}

@@ -7,10 +7,11 @@ from typing import Any
 from foveate.errors import UnsupportedModel, did_you_mean
 from foveate.families.base import Family
 from foveate.families.llava import Llava
+from foveate.families.picture import Picture
 
 FAMILIES: tuple[Family, ...] = (Llava(),)
 
-__all__ = ["FAMILIES", "Family", "Llava", "family_of"]
+__all__ = ["FAMILIES", "Family", "Llava", "Picture", "family_of"]
 
 
 def family_of(model: Any) -> Family:

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from foveate.core import DECODER_EVIDENCE, ENCODER_EVIDENCE
 from foveate.errors import UnsupportedModel
+from foveate.families.picture import Picture
 
 #: Vision towers whose encoder evidence is understood, and whether their first row is a CLS token.
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 
+#: What a decoder layer may take besides the hidden states; anything else could be one row per token.
 LAYER_ARGUMENTS = frozenset(
     {"hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "kwargs"}
 )
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "linear_attention"})
 
 
 class Family:
@@ -31,7 +35,8 @@ class Family:
         model_types: Values of ``config.model_type`` it serves.
         modalities: What it compresses.
         positions: Position policies that are legal; the first is the default where a method has no opinion.
-        media_arguments: Names under which pixels are passed.
+        media_arguments: Names under which pixels are passed, by modality.
+        row_arguments: Arguments of a decoder layer with one row per token, which leave with the tokens.
     """
 
     name: ClassVar[str]
@@ -39,6 +44,7 @@ class Family:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     positions: ClassVar[tuple[str, ...]] = ("original", "packed")
     media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values"}
+    row_arguments: ClassVar[frozenset[str]] = frozenset()
 
     # -- where the parts are
 
@@ -60,22 +66,30 @@ class Family:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def tower(self, model: nn.Module) -> nn.Module:
+    def first_site(self, model: Any) -> int:
+        """The first decoder layer before which tokens may leave inside the LLM."""
+        return 1
+
+    def tower(self, model: nn.Module, modality: str) -> nn.Module:
         """The vision encoder."""
         tower = self.base(model).vision_tower
         assert isinstance(tower, nn.Module)
         return tower
 
-    def encoder_layers(self, model: nn.Module) -> nn.ModuleList:
+    def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
         """The layers of the vision encoder."""
-        tower: Any = self.tower(model)
+        tower: Any = self.tower(model, modality)
         layers = getattr(tower, "vision_model", tower).encoder.layers
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    def encoder_attention(self, layer: nn.Module) -> nn.Module:
+        """The attention module of an encoder layer."""
+        return layer.get_submodule("self_attn")
+
     def feature_layer(self, model: Any) -> int:
         """Index of the encoder layer whose output the LLM reads."""
-        depth = len(self.encoder_layers(model))
+        depth = len(self.encoder_layers(model, self.modalities[0]))
         selected = model.config.vision_feature_layer
         hidden_state = max(s % (depth + 1) for s in (selected if isinstance(selected, list | tuple) else [selected]))
         return int(hidden_state) - 1
@@ -108,19 +122,18 @@ class Family:
             UnsupportedModel: With the reason.
         """
         text = model.config.get_text_config()
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-        if kinds != {"full_attention"} or window is not None:
+        strange = set(getattr(text, "layer_types", None) or []) - LAYER_TYPES
+        if strange:
             raise UnsupportedModel(
-                f"tokens can leave inside the LLM only between full-attention layers, {text.model_type} has "
-                f"{', '.join(sorted(kinds | ({'sliding_attention'} if window else set())))}",
+                f"tokens cannot leave between layers of type {', '.join(sorted(strange))} in {text.model_type}",
                 "use a method that selects before the LLM: evocut, adav, todre:keep=0.1,exit=none",
             )
         layer = type(self.layers(model)[0])
-        unknown = set(inspect.signature(layer.forward).parameters) - LAYER_ARGUMENTS - {"self"}
+        unknown = set(inspect.signature(layer.forward).parameters) - LAYER_ARGUMENTS - self.row_arguments - {"self"}
         if unknown:
             raise UnsupportedModel(
-                f"{layer.__name__} takes {', '.join(sorted(unknown))}, which may be one row per token"
+                f"{layer.__name__} takes {', '.join(sorted(unknown))}, which may be one row per token",
+                "use a method that selects before the LLM: evocut, adav, todre:keep=0.1,exit=none",
             )
 
     # -- from pixels to tokens
@@ -129,42 +142,74 @@ class Family:
         """The placeholder of a modality in the prompt."""
         return int(getattr(model.config, f"{modality}_token_id"))
 
+    def placeholders(self, model: Any, modality: str, ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Which tokens of the prompts are placeholders of a modality that this call passes: [b, s], bool."""
+        return ids == self.token_id(model, modality)
+
     def encode(self, model: nn.Module, modality: str, arguments: Mapping[str, Any]) -> tuple[Any, set[str]]:
         """Run the encoder as ``generate`` does; return its output and the names of the arguments it took."""
         function = getattr(self.base(model), f"get_{modality}_features")
         taken = {name: arguments[name] for name in inspect.signature(function).parameters if name in arguments}
         return function(**taken, return_dict=True), set(taken)
 
-    def features(self, output: Any) -> list[Tensor]:
-        """What the LLM reads: one [n, d] tensor per image."""
-        return list(output.pooler_output)
-
-    def with_features(self, output: Any, features: Sequence[Tensor]) -> Any:
-        """Return a fresh output that carries ``features``; generation changes the object it is given."""
-        return type(output)(pooler_output=list(features))
-
-    def rows(self, model: nn.Module, states: Tensor) -> Tensor:
-        """Encoder states [forwards, rows, ...] without the rows that are no patch."""
+    def patches(self, model: nn.Module, states: Tensor) -> Tensor:
+        """Encoder states without CLS: [forwards, patches, ...], or [patches, ...] where forwards are packed."""
         return states[:, 1:] if self.has_cls(model) else states
 
-    def tokens(self, model: nn.Module, values: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-        """Per-patch values [forwards, patches, ...] as one [n, ...] tensor per image."""
-        return list(values)
+    def segments(self, model: nn.Module, modality: str, arguments: Mapping[str, Any], states: Tensor) -> list[int]:
+        """Sizes of the forwards (image, crop, frame) that are packed into one: patches that see each other."""
+        return [len(states)]
 
-    def grid(
-        self, model: nn.Module, features: Tensor, index: int, arguments: Mapping[str, Any]
-    ) -> tuple[int, int, int]:
-        """Frames, rows, columns of image ``index``."""
-        side = round(len(features) ** 0.5)
-        if side * side != len(features):
-            raise UnsupportedModel(f"{len(features)} tokens of an image form no square grid")
-        return (1, side, side)
+    def pictures(self, model: nn.Module, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[Picture]:
+        """What the LLM reads of each image (or video), in the order of the prompts' placeholders."""
+        pictures, start = [], 0
+        for rows in output.pooler_output:
+            grid = square(len(rows))
+            pictures.append(Picture(rows=rows, grid=grid, patches=start + torch.arange(len(rows))[:, None]))
+            start += len(rows)
+        return pictures
 
-    def coordinates(self, grid: tuple[int, int, int], features: Tensor) -> Tensor:
-        """Where each token sits in the grid: [n, 3] frame, row, column."""
-        axes = [torch.arange(size, device=features.device) for size in grid]
-        return torch.cartesian_prod(*axes)
+    def with_rows(self, output: Any, rows: Sequence[Tensor], levels: Sequence[Sequence[Tensor]]) -> Any:
+        """Return a fresh output that carries other rows; generation changes the object it is given.
 
-    def crops(self, grid: tuple[int, int, int]) -> tuple[int, ...]:
-        """Tokens per encoder forward of one image."""
-        return (grid[1] * grid[2],) * grid[0]
+        Args:
+            output: What the encoder gave.
+            rows: What the LLM reads of each picture, [n, d].
+            levels: For each picture the rows of `Picture.levels`.
+        """
+        return type(output)(pooler_output=list(rows))
+
+    # -- what `verify` tries
+
+    def example(self, model: Any, images: int, generator: torch.Generator) -> tuple[dict[str, Any], list[list[int]]]:
+        """Random pictures as the processor would pass them, and what stands for each in the prompt."""
+        size = model.config.vision_config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.randn(images, 3, height, width, generator=generator).to(model.device, model.dtype)
+        media = {self.media_arguments["image"]: pixels}
+        output, _ = self.encode(model, "image", media)
+        pictures = self.pictures(model, "image", output, media)
+        return media, [[self.token_id(model, "image")] * len(picture.rows) for picture in pictures]
+
+    def token_types(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
+        """What the processor tells of each token besides its id."""
+        return {}
+
+    # -- positions
+
+    def position_ids(self, model: Any, ids: Tensor, mask: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Positions of the full prompts as the model counts them, [b, s] or [axes, b, s]."""
+        return count_positions(mask)
+
+
+def square(n: int) -> tuple[int, int, int]:
+    """Return the square grid of ``n`` tokens: one frame, rows, columns."""
+    side = round(n**0.5)
+    if side * side != n:
+        raise UnsupportedModel(f"{n} tokens of an image form no square grid")
+    return (1, side, side)
+
+
+def count_positions(mask: Tensor) -> Tensor:
+    """Positions as ``generate`` counts them: the number of real tokens before each one."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

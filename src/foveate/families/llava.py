@@ -18,7 +18,8 @@ class Llava(Family):
         tower, strategy = self.tower_type(model), model.config.vision_feature_select_strategy
         if tower not in TOWERS:
             raise UnsupportedModel(
-                f"llava with a {tower} tower is not served; towers served: {', '.join(sorted(TOWERS))}",
+                f"{self.name} with a {tower} tower is not served; towers served: {', '.join(sorted(TOWERS))}",
+                "open an issue with the name of the checkpoint",
             )
         if (strategy == "default") != TOWERS[tower]:
             wanted = "default" if TOWERS[tower] else "full"

@@ -45,6 +45,7 @@ class AdaV(PromptMethod):
         temperature: Factor T on the cosines, > 0; the code's 100.
         fixed: Share of the budget that each list has for certain, in [0, 0.5]; the code's 0.25.
         compat: Reproduce the released code (crops of 576 tokens, or one crop).
+        per: What the budget is for in a video: the whole ``video``, or each ``frame``.
 
     Raises:
         BudgetError: If an option is out of range, or ``compat`` meets a budget or crops the released code cannot serve.
@@ -78,16 +79,15 @@ class AdaV(PromptMethod):
         return k // 2 // crops * 2 * crops
 
     def select(self, evidence: Evidence, site: int) -> Selection:
-        n, k, crops = evidence.n, self.count(evidence.n), evidence.crops or (evidence.n,)
+        n, k, crops = evidence.n, self.count(evidence.n), evidence.by_crop()
         saliency, text = evidence.require("encoder_saliency").float(), evidence.require("text")
         if self.compat and len(crops) != max(1, n // 576):
-            raise BudgetError(f"compat=true knows crops of 576 tokens only, got {crops}", "use compat=false")
+            raise BudgetError(f"compat=true knows crops of 576 tokens only, got {evidence.crops}", "use compat=false")
         logits = self.temperature * unit(text) @ unit(evidence.features).T
         relevance = logits.log_softmax(dim=1).amax(dim=0) if len(text) else torch.full_like(saliency, float("-inf"))
         by_text = descending(relevance)
-        tops = [descending(crop)[: -(-k // len(crops))] for crop in saliency.split(crops)]
-        starts = [sum(crops[:i]) for i in range(len(crops))]
-        listed = torch.cat([start + top for start, top in zip(starts, tops, strict=True)])
+        tops = [descending(saliency[crop])[: -(-k // len(crops))] for crop in crops]
+        listed = torch.cat([crop[top] for crop, top in zip(crops, tops, strict=True)])
         sure = math.floor(self.fixed * k + 1e-9) if len(text) else 0
         first = sure if self.compat else 0  # the released code does not sort its fixed part across crops
         order = torch.cat([torch.arange(first, device=text.device), first + descending(saliency[listed[first:]])])

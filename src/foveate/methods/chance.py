@@ -30,6 +30,7 @@ class Random(PromptMethod):
 
     Args:
         keep: Tokens per image (int) or fraction that stays (float).
+        per: What the budget is for in a video: the whole ``video``, or each ``frame``.
         seed: Another number, another lot; 0 <= seed < 2^63.
 
     Raises:

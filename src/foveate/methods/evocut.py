@@ -42,7 +42,8 @@ class EvoCut(PromptMethod):
         directions: Groups per transition, >= 1; the paper's M = 8.
         alpha: Memory of the moving average, in [0, 1); the paper's 0.95.
         iterations: k-means iterations, >= 0; the paper's I = 2.
-        per: ``crop`` gives every crop or frame an equal share of the budget, ``global`` ranks all tokens together.
+        share: ``crop`` gives every crop or frame an equal share of the budget, ``global`` ranks all tokens together.
+        per: What the budget is for in a video: the whole ``video``, or each ``frame``.
 
     Raises:
         BudgetError: If an option is out of range, or the encoder has no such layers.
@@ -60,7 +61,7 @@ class EvoCut(PromptMethod):
     directions: int = 8
     alpha: float = 0.95
     iterations: int = 2
-    per: Literal["crop", "global"] = "crop"
+    share: Literal["crop", "global"] = "crop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,8 +72,8 @@ class EvoCut(PromptMethod):
             )
         if not 0.0 <= self.alpha < 1.0:
             raise BudgetError(f"alpha must be in [0, 1), got {self.alpha}", "the paper has alpha=0.95")
-        if self.per not in ("crop", "global"):
-            raise BudgetError(f"per must be crop or global, got {self.per!r}", "crop gives each an equal share")
+        if self.share not in ("crop", "global"):
+            raise BudgetError(f"share must be crop or global, got {self.share!r}", "crop gives each an equal share")
         if (self.start is not None and self.start < 1) or (self.last is not None and self.last < (self.start or 1)):
             raise BudgetError(
                 f"transitions are counted from 1 and rise, got start={self.start}, last={self.last}",
@@ -101,8 +102,7 @@ class EvoCut(PromptMethod):
 
     def select(self, evidence: Evidence, site: int) -> Selection:
         scores = evidence.require("encoder_fold").float()
-        sizes = evidence.crops if self.per == "crop" and evidence.crops else (evidence.n,)
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        counts = shares(self.count(evidence.n), sizes)
-        keep = [at + top_k(scores[at : at + size], k) for at, size, k in zip(starts, sizes, counts, strict=True)]
-        return Selection(keep=torch.cat(keep), scores=scores)
+        crops = evidence.by_crop() if self.share == "crop" else (torch.arange(evidence.n, device=scores.device),)
+        counts = shares(self.count(evidence.n), [len(crop) for crop in crops])
+        keep = [crop[top_k(scores[crop], k)] for crop, k in zip(crops, counts, strict=True)]
+        return Selection(keep=torch.cat(keep).sort().values, scores=scores)

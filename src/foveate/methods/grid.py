@@ -31,6 +31,7 @@ class Grid(PromptMethod):
 
     Args:
         keep: Tokens per image (int) or fraction that stays (float).
+        per: What the budget is for in a video: the whole ``video``, or each ``frame``.
 
     Raises:
         BudgetError: If keep is out of range.
@@ -69,6 +70,7 @@ class Pool(Grid):
 
     Args:
         keep: Tokens per image (int) or fraction that stays (float).
+        per: What the budget is for in a video: the whole ``video``, or each ``frame``.
 
     Raises:
         BudgetError: If keep is out of range.

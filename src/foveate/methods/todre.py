@@ -41,9 +41,10 @@ class ToDREDiversity(PromptMethod):
 
     def select(self, evidence: Evidence, site: int) -> Selection:
         saliency = evidence.require("encoder_saliency").float()
-        thumbnail = evidence.crops[0] if evidence.crops else evidence.n
-        k = self.count(evidence.n)
-        picks = greedy_diversity(evidence.features, k, saliency[:thumbnail].argmax(), self.diversity)
+        k, crops = self.count(evidence.n), evidence.by_crop()
+        pool = torch.cat(crops) if evidence.thumbnail is None else crops[evidence.thumbnail]
+        pivot = pool.gather(0, saliency[pool].argmax(0, keepdim=True))[0]
+        picks = greedy_diversity(evidence.features, k, pivot, self.diversity)
         scores = 1.0 - ranks(picks, evidence.n, k).float() / k  # the order of picking; 0 where not picked
         return Selection(keep=picks.sort().values, scores=scores)
 
@@ -93,16 +94,17 @@ class ToDRE(Composite):
         none when mean_{i text} sum_{j visual} A_ij < tau and mean_{i visual} sum_{j text} A_ij < tau.
 
     Differs from the paper: An encoder without CLS has its pivot at the largest column mean of attention (there:
-        random). With several crops the pivot is in the first (there: the thumbnail, or any frame of a video). l* is
-        clamped so that a layer is left to save. Attention is causal, so the second share is 0 with the image first.
-        A prompt without text after the image never exits. All images of a prompt leave together.
+        random). l* is clamped so that a layer is left to save. Attention is causal, so the second share is 0 with the
+        image first. A prompt without text after the image never exits. All images of a prompt leave together.
 
     Args:
         keep: Tokens per image (int) or fraction that stays (float); the paper's 0.25 and 0.1; 1.0 leaves stage 2 only.
         exit: Depth of the measured layer as a fraction in (0, 1]; the paper's 7/8; None leaves stage 1 only.
         tau: Share of attention below which tokens leave, in [0, 1]; the paper's 0.10.
         diversity: ``max_sum`` (v2) or ``k_center`` (named in v1): c_i = max_{p picked} cos(x_i, x_p).
-        pivot_layer: Encoder layer whose attention gives the pivot: ``last`` (the paper's) or ``feature``.
+        pivot_layer: Encoder layer whose attention gives the pivot: ``last`` (the paper's) or ``feature``; with a
+            thumbnail among the crops the pivot is in it.
+        per: What the budget is for in a video: the whole ``video`` (the paper's), or each ``frame``.
 
     Raises:
         BudgetError: If an option is out of range.
@@ -121,6 +123,7 @@ class ToDRE(Composite):
     tau: float = 0.10
     diversity: Diversity = "max_sum"
     pivot_layer: PivotLayer = "last"
+    per: Literal["video", "frame"] = "video"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,9 +131,8 @@ class ToDRE(Composite):
 
     @cached_property
     def parts(self) -> tuple[Method, ...]:
-        first = ToDREDiversity(
-            keep=self.keep, diversity=self.diversity, pivot_layer=self.pivot_layer, positions=self.positions
-        )
+        shared = {name: getattr(self, name) for name in ("keep", "diversity", "pivot_layer", "per", "positions")}
+        first = ToDREDiversity(**shared)
         if self.exit is None:
             return (first,)
         second = ToDREExit(exit=self.exit, tau=self.tau)  # inside the LLM keys have their positions already
