@@ -70,7 +70,7 @@ def shorten_lengths(cut: Cut, config: Any) -> None:
 
 
 def with_mask(arguments: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
-    """Add the mask that ``generate`` makes when it gets none: padding is told by its id, unless that ends a text too."""
+    """Add the mask that ``generate`` makes when it gets none: padding is told by its id, unless it ends a text too."""
     ids = arguments.get("input_ids")
     if ids is None or arguments.get("attention_mask") is not None:
         return arguments

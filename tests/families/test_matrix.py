@@ -1,0 +1,34 @@
+"""Every family x method x attention implementation: dropped equals masked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import foveate
+from foveate.families import FAMILIES
+from tests.families.matrix import ATTENTION, SERVED, cases, inputs_of, measure, model_of
+from tests.zoo.models import GREEDY, NAMES, model_type, placeholders
+
+
+@pytest.mark.parametrize(("name", "kind", "spec", "impl"), list(cases()))
+def test_dropped_equals_masked(name: str, kind: str, spec: str, impl: str) -> None:
+    difference, report = measure(name, kind, spec, impl)
+    assert difference <= 1e-4
+    assert report.mean_alive < report.tokens
+
+
+@pytest.mark.parametrize("impl", ATTENTION)
+@pytest.mark.parametrize("name", [name for name in NAMES if model_type(name) in SERVED and name != "gemma4_shared"])
+def test_keeping_all_is_the_plain_model(name: str, impl: str) -> None:
+    model, inputs = model_of(name, impl), inputs_of(name, "image")
+    settings = {**GREEDY, "max_new_tokens": 3, "suppress_tokens": placeholders(model)}
+    plain = model.generate(**inputs, **settings)
+    with foveate.compress(model, "random:keep=1.0"):
+        same = model.generate(**inputs, **settings)
+    assert torch.equal(torch.stack(same.logits), torch.stack(plain.logits))
+    assert torch.equal(same.sequences, plain.sequences)
+
+
+def test_every_family_is_in_the_matrix() -> None:
+    assert {model_type(name) for name in NAMES} >= {kind for family in FAMILIES for kind in family.model_types}
