@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# The oldest transformers that is served.
+FLOOR ?= 5.18.0
+
 # Processes that share the tests.
 WORKERS ?= 2
 
@@ -12,7 +15,7 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo test check fix docs bench accuracy clean help
+.PHONY: demo test check fix docs matrix oracle fuzz bench accuracy clean help
 
 demo: $(READY) ## answer three questions about a picture, with all 576 visual tokens and with 64; pictures go to demo-out/
 	$(BIN)/foveate demo --out demo-out
@@ -33,6 +36,20 @@ fix: $(READY) ## repair what lint and format can repair by themselves
 
 docs: $(READY) ## regenerate the tables in README.md and docs/
 	$(BIN)/python docs/generate.py
+
+matrix: $(READY) ## run the tests on the oldest transformers that is served, then on the current one
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/transformers-$(FLOOR) transformers==$(FLOOR)
+	PYTHONPATH=$(VENV)/transformers-$(FLOOR) $(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+oracle: $(READY) ## measure dropped against masked on every family, with both versions of transformers; results/oracle.csv
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/transformers-$(FLOOR) transformers==$(FLOOR)
+	PYTHONPATH=$(VENV)/transformers-$(FLOOR):src:. $(BIN)/python -m tests.families.matrix
+	PYTHONPATH=src:. $(BIN)/python -m tests.families.matrix
+	$(BIN)/python docs/generate.py
+
+fuzz: $(READY) ## draw 1,000 random families, methods, batches and ways of decoding; dropped against masked
+	FOVEATE_FUZZ=1000 $(BIN)/python -m pytest tests/families/test_fuzz.py
 
 bench: $(READY) ## measure speed and memory, write a CSV to results/
 	$(BIN)/python -m foveate.lab.speed

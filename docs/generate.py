@@ -8,7 +8,9 @@ python docs/generate.py --pictures  # also run the demo and write docs/img/kept.
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
+import json
 import os
 import re
 import sys
@@ -24,6 +26,7 @@ from foveate.cli import app
 from foveate.cli.tables import family_rows, method_rows
 
 ROOT = Path(__file__).parent.parent
+MEASURED = ROOT / "src" / "foveate" / "families" / "measured.json"
 COMMANDS = ("", "run", "demo", "methods", "families", "verify")
 
 
@@ -34,7 +37,10 @@ def main() -> int:
     parser.add_argument("--pictures", action="store_true", help="also run the demo and write docs/img/kept.png")
     options = parser.parse_args()
     readme = ROOT / "README.md"
+    if not options.check:
+        MEASURED.write_text(measured(), encoding="utf-8")  # the tables are made from it
     wanted = {
+        MEASURED: measured(),
         readme: filled(readme.read_text(encoding="utf-8")),
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "docs" / "command-line.md": command_line_page(),
@@ -51,13 +57,35 @@ def main() -> int:
     return int(options.check and bool(stale))
 
 
+def measured() -> str:
+    """Return what the contract tests measured of each family, from results/oracle.csv."""
+    seen: dict[str, list[dict[str, str]]] = {}
+    with (ROOT / "results" / "oracle.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            seen.setdefault(row["model_type"], []).append(row)
+    summary = {
+        kind: {
+            "reads": sorted({row["reads"] for row in rows} - {"both"}),
+            "methods": sorted({row["method"] for row in rows}),
+            "largest_difference": max((row["largest_difference"] for row in rows), key=float),
+            "transformers": [pick({row["transformers"] for row in rows}, key=_version) for pick in (min, max)],
+        }
+        for kind, rows in sorted(seen.items())
+    }
+    return json.dumps(summary, indent=1) + "\n"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
 def filled(text: str) -> str:
     """Return the README with its tables made anew between their markers."""
     methods = [(f"`{spec}`", what, paper, sites, reads) for spec, what, paper, sites, reads in method_rows()]
-    families = [(name, f"`{kinds}`", modalities) for name, kinds, modalities, _ in family_rows()]
+    families = [(f"`{kind}`", *rest) for kind, *rest in family_rows()]
     tables = {
         "methods": table(("method", "what it does", "paper", "tokens leave before layer", "reads"), methods),
-        "families": table(("family", "`config.model_type`", "compresses"), families),
+        "families": table(("`config.model_type`", "reads", "methods", "positions", "largest difference", "transformers"), families),
     }
     for name, rows in tables.items():
         pattern = rf"(<!-- {name}: begin.*?-->\n).*?(<!-- {name}: end -->)"

@@ -107,7 +107,7 @@ def main() -> None:
         sys.stderr.write(f"{name} {kind} {spec} {impl} {difference:.1e}\n")
     earlier = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
     made = [
-        {"family": n, "reads": k, "method": m, "attention": i, "new_tokens": 16, "largest_difference": f"{max(v):.1e}"}
+        {"model_type": model_type(n), "family": n, "reads": k, "method": m, "attention": i, "new_tokens": 16, "largest_difference": f"{max(v):.1e}"}
         | versions
         for (n, k, m, i), v in rows.items()
     ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
+from importlib import resources
+from typing import Any
 
 _READS = {
     "encoder_fold": "encoder layers",
@@ -50,11 +53,24 @@ def _paper(docstring: str | None) -> str:
     return "-" if parts == ["None"] else ", ".join(cited) or "-"
 
 
-def family_rows() -> list[tuple[str, str, str, str]]:
-    """Return one row per family: name, model types, modalities, legal position policies."""
+def family_rows() -> list[tuple[str, str, str, str, str, str]]:
+    """Return one row per model type: what it reads, methods that work, positions, largest difference, versions.
+
+    The last four come of the contract tests: `make oracle` measures them, `make docs` brings them here.
+    """
     from foveate.families import FAMILIES
 
-    return [
-        (family.name, ", ".join(family.model_types), ", ".join(family.modalities), ", ".join(family.positions))
-        for family in FAMILIES
-    ]
+    text = (resources.files("foveate.families") / "measured.json").read_text(encoding="utf-8")
+    measured: dict[str, dict[str, Any]] = json.loads(text)
+    rows = []
+    for family in FAMILIES:
+        for kind in family.model_types:
+            seen = measured.get(kind)
+            if seen is None:
+                rows.append((kind, "not measured", "-", ", ".join(family.positions), "-", "-"))
+                continue
+            first, last = seen["transformers"]
+            versions = first if first == last else f"{first} to {last}"
+            reads, methods = ", ".join(seen["reads"]), ", ".join(seen["methods"])
+            rows.append((kind, reads, methods, ", ".join(family.positions), seen["largest_difference"], versions))
+    return sorted(rows)
