@@ -85,7 +85,9 @@ def filled(text: str) -> str:
     families = [(f"`{kind}`", *rest) for kind, *rest in family_rows()]
     tables = {
         "methods": table(("method", "what it does", "paper", "tokens leave before layer", "reads"), methods),
-        "families": table(("`config.model_type`", "reads", "methods", "positions", "largest difference", "transformers"), families),
+        "families": table(
+            ("`config.model_type`", "reads", "methods", "positions", "largest difference", "transformers"), families
+        ),
     }
     for name, rows in tables.items():
         pattern = rf"(<!-- {name}: begin.*?-->\n).*?(<!-- {name}: end -->)"

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.core import Chain, Evidence, Method, PromptMethod, Selection
+    from foveate.core import Chain, Evidence, LayerMethod, Method, PromptMethod, Selection
     from foveate.engines.base import Handle, compress
     from foveate.engines.verify import Verification, verify
     from foveate.errors import (
@@ -24,7 +24,27 @@ if TYPE_CHECKING:
         UnsupportedMethod,
         UnsupportedModel,
     )
-    from foveate.methods import AdaV, EvoCut, Grid, Pool, Random, ToDRE, V2Drop
+    from foveate.methods import (
+        DART,
+        AdaV,
+        CDPruner,
+        DivPrune,
+        EvoCut,
+        FastV,
+        Grid,
+        HoloV,
+        Pool,
+        PruMerge,
+        PruMergePlus,
+        PyramidDrop,
+        Random,
+        SparseVLM,
+        ToDRE,
+        V2Drop,
+        VisionZip,
+        VisPruner,
+        VScan,
+    )
     from foveate.registry import from_spec, register, to_spec
     from foveate.report import Report
 
@@ -33,22 +53,32 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaV",
     "BudgetError",
+    "CDPruner",
     "Chain",
     "ContractError",
-    "EvoCut",
+    "DART",
+    "DivPrune",
     "Evidence",
+    "EvoCut",
+    "FastV",
     "FoveateError",
     "Grid",
     "Handle",
+    "HoloV",
+    "LayerMethod",
     "Method",
     "MissingDependency",
     "MissingEvidence",
     "NothingCompressed",
     "Pool",
     "PromptMethod",
+    "PruMerge",
+    "PruMergePlus",
+    "PyramidDrop",
     "Random",
     "Report",
     "Selection",
+    "SparseVLM",
     "ToDRE",
     "UnknownMethod",
     "UnsupportedCall",
@@ -56,6 +86,9 @@ __all__ = [
     "UnsupportedModel",
     "V2Drop",
     "Verification",
+    "VisionZip",
+    "VisPruner",
+    "VScan",
     "compress",
     "from_spec",
     "register",
@@ -64,10 +97,30 @@ __all__ = [
 ]
 
 _HOME = {
-    "core": ("Chain", "Evidence", "Method", "PromptMethod", "Selection"),
+    "core": ("Chain", "Evidence", "LayerMethod", "Method", "PromptMethod", "Selection"),
     "engines.base": ("Handle", "compress"),
     "engines.verify": ("Verification", "verify"),
-    "methods": ("AdaV", "EvoCut", "Grid", "Pool", "Random", "ToDRE", "V2Drop"),
+    "methods": (
+        "AdaV",
+        "CDPruner",
+        "DART",
+        "DivPrune",
+        "EvoCut",
+        "FastV",
+        "Grid",
+        "HoloV",
+        "Pool",
+        "PruMerge",
+        "PruMergePlus",
+        "PyramidDrop",
+        "Random",
+        "SparseVLM",
+        "ToDRE",
+        "V2Drop",
+        "VisionZip",
+        "VisPruner",
+        "VScan",
+    ),
     "registry": ("from_spec", "register", "to_spec"),
     "report": ("Report",),
 }

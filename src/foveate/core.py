@@ -18,14 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate import budget
-from foveate.budget import Keep
+from foveate.budget import Keep, Stage
 from foveate.errors import BudgetError, ContractError, MissingEvidence
 
 Positions = Literal["paper", "original", "packed"]
 
 #: Evidence that a method has to declare in ``needs``; the engine captures only what is declared.
-ENCODER_EVIDENCE = frozenset({"encoder_fold", "encoder_keys", "encoder_saliency"})
-DECODER_EVIDENCE = frozenset({"hidden", "previous", "relevance", "text_mass"})
+ENCODER_EVIDENCE = frozenset({"encoder_fold", "encoder_keys", "encoder_saliency", "encoder_shallow"})
+DECODER_EVIDENCE = frozenset({"hidden", "keys", "previous", "relevance", "text_hidden", "text_keys", "text_mass"})
 DECLARABLE = ENCODER_EVIDENCE | DECODER_EVIDENCE | {"coordinates", "text", "seed"}
 
 
@@ -46,12 +46,17 @@ class Evidence:
         encoder_fold: Result of the method's own fold over encoder layers.
         encoder_keys: Head-mean keys of the feature layer.
         encoder_saliency: Attention received, mean over heads: from CLS, or the column mean where there is no CLS.
+        encoder_shallow: The same in an early layer, `Method.shallow_layer`.
         text: Input embeddings of the prompt text after the image.
         hidden: Input of decoder layer ``site``.
         previous: Input of the layer before.
-        relevance: Attention of each prompt text token after the image to each visual token in layer ``site - 1``,
-            mean over heads; each row is what is left of a row that sums to 1 over the whole prompt.
+        relevance: Attention of each prompt text token after the image to each visual token in layer ``site - 1`` (in
+            the last one before it where that is recurrent), mean over heads; each row is what is left of a row that
+            sums to 1 over the whole prompt.
         text_mass: Attention of each visual token to all prompt text after the image, in the same layer.
+        keys: Keys of each visual token in that layer, all heads side by side, as attention compares them.
+        text_keys: The same of the prompt text after the image.
+        text_hidden: Input of decoder layer ``site`` of the prompt text after the image.
         seed: A number made from the prompt and the image's place in it: the same prompt, the same number.
     """
 
@@ -67,11 +72,15 @@ class Evidence:
     encoder_fold: Float[Tensor, " n"] | None = None
     encoder_keys: Float[Tensor, "n v"] | None = None
     encoder_saliency: Float[Tensor, " n"] | None = None
+    encoder_shallow: Float[Tensor, " n"] | None = None
     text: Float[Tensor, "t d"] | None = None
     hidden: Float[Tensor, "n d"] | None = None
     previous: Float[Tensor, "n d"] | None = None
     relevance: Float[Tensor, "r n"] | None = None
     text_mass: Float[Tensor, " n"] | None = None
+    keys: Float[Tensor, "n c"] | None = None
+    text_keys: Float[Tensor, "w c"] | None = None
+    text_hidden: Float[Tensor, "w d"] | None = None
     seed: Int[Tensor, ""] | None = None
 
     @property
@@ -101,14 +110,15 @@ class Evidence:
         assert isinstance(value, Tensor)
         return value
 
-    def subset(self, selection: Selection) -> Evidence:
-        """Return the evidence of the tokens that a selection kept."""
+    def subset(self, selection: Selection, site: int = 0) -> Evidence:
+        """Return the evidence of the tokens that a selection kept at ``site``."""
         keep = selection.keep
         rows: dict[str, Any] = {"crops": (), "crop_order": None, "thumbnail": None}
-        for name in ("coordinates", *ENCODER_EVIDENCE, "hidden", "previous", "text_mass"):
+        for name in ("features", "coordinates", *ENCODER_EVIDENCE, "hidden", "previous", "text_mass", "keys"):
             value = getattr(self, name)
             rows[name] = None if value is None else value[keep]
-        rows["features"] = self.features[keep] if selection.features is None else selection.features
+        if selection.features is not None:
+            rows["hidden" if site else "features"] = selection.features
         rows["relevance"] = None if self.relevance is None else self.relevance[:, keep]
         return dataclasses.replace(self, **rows)
 
@@ -121,7 +131,8 @@ class Selection:
         keep: Sorted, unique, in range(n).
         stay: For adaptive methods: which of ``keep`` really stay (so that shapes never depend on data).
         scores: float32, higher means keep; for pictures and reports.
-        features: Set when tokens were merged into the kept ones.
+        features: Set when tokens were merged into the kept ones: what goes on in their places, in the LLM's embedding
+            space at site 0 and among the inputs of layer ``site`` inside it.
         merged_into: Slot in ``keep`` of each token, -1 = gone; for pictures.
         measures: Named scalars that the report shows.
         repeats: Indices may repeat: the same row is read twice (only to reproduce a released code's defect).
@@ -144,7 +155,7 @@ class Method(ABC):
         name: The word in specs.
         needs: Evidence the engine must capture (see `DECLARABLE`).
         scope: ``image``: one call per image; ``prompt``: one call for all visual tokens of a prompt together.
-        adaptive: The number of tokens that stay depends on the input (`Selection.stay`).
+        adaptive: The number of tokens that stay may depend on the input (`Selection.stay`).
         paper_positions: What the rotary embedding sees in the method's paper.
         saliency_layer: Where ``encoder_saliency`` is read: the ``feature`` layer or the ``last`` one.
     """
@@ -159,11 +170,18 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         if self.positions not in ("paper", "original", "packed"):
-            raise BudgetError(f"positions must be paper, original or packed, got {self.positions!r}")
+            raise BudgetError(
+                f"positions must be paper, original or packed, got {self.positions!r}",
+                "leave it out: the paper's choice is the default",
+            )
 
     @property
     def saliency_layer(self) -> Literal["feature", "last"]:
         return "feature"
+
+    def shallow_layer(self, n_layers: int) -> int:
+        """Return the encoder layer where ``encoder_shallow`` is read; 0 is the first."""
+        return 0
 
     @cached_property
     def parts(self) -> tuple[Method, ...]:
@@ -190,12 +208,14 @@ class Method(ABC):
         self, carry: Float[Tensor, " n"] | None, before: Float[Tensor, "n v"], after: Float[Tensor, "n v"]
     ) -> Float[Tensor, " n"]:
         """Take one encoder transition into the carry (None at the first). Pure; one image (one crop)."""
-        raise MissingEvidence(f"`{self.name}` declares encoder_fold but defines no fold")
+        raise MissingEvidence(
+            f"`{self.name}` declares encoder_fold but defines no fold", "define fold(), or take it out of `needs`"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMethod(Method):
-    """A method that selects once, before the LLM, a number of tokens that never depends on data.
+    """A method that selects once, before the LLM, as many tokens as its budget says (if adaptive, at most so many).
 
     Args:
         keep: int = tokens per image, float = fraction in (0, 1].
@@ -226,6 +246,58 @@ class PromptMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerMethod(Method):
+    """A method that lets tokens leave between decoder layers, by a schedule that never depends on data.
+
+    Class attributes:
+        shares: What the paper keeps of the alive at each of `layers`, where neither option says otherwise.
+
+    Args:
+        stages: (layer, what stays of the alive) pairs, rising layers >= 1; float = fraction, int = tokens, 0 = none.
+        keep: Mean of tokens per decoder layer instead; int = tokens, float = fraction of the image's tokens.
+    """
+
+    shares: ClassVar[tuple[Keep, ...]]
+
+    stages: tuple[Stage, ...] | None = None
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            budget.check_keep(self.keep)
+        if self.stages is not None:
+            budget.check_stages(self.stages)
+            if self.keep is not None:
+                raise BudgetError("keep and stages exclude each other", "keep=192 is a mean, stages are a schedule")
+
+    @abstractmethod
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        """Return the layers before which tokens leave where ``stages`` names none."""
+
+    def sites(self, n_layers: int) -> tuple[int, ...]:
+        sites = tuple(layer for layer, _ in self.stages) if self.stages else self.layers(n_layers)
+        if sites[-1] >= n_layers:
+            raise BudgetError(
+                f"stages before layers {', '.join(map(str, sites))} do not fit a model of {n_layers} layers",
+                f"keep=64 alone places them by depth; by hand there are layers 1..{n_layers - 1}"
+                if n_layers >= 4
+                else "use a method that selects before the LLM",
+            )
+        return sites
+
+    def schedule(self, total: int, n_layers: int) -> tuple[Stage, ...]:
+        """Return the stages for ``total`` tokens of one image in ``n_layers`` layers."""
+        sites = self.sites(n_layers)
+        if self.keep is None:
+            return self.stages or tuple(zip(sites, self.shares, strict=True))
+        return budget.solve_decay(total, self.keep, n_layers, sites)
+
+    def expected(self, alive: int, total: int, site: int, n_layers: int) -> int:
+        return budget.stage_keep(dict(self.schedule(total, n_layers))[site], alive)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Composite(Method):
     """A method made of parts, each acting at its own sites."""
 
@@ -253,10 +325,12 @@ class Composite(Method):
                 if chosen is None:
                     chosen = part.select(evidence, site)
                 else:
-                    evidence = evidence.subset(chosen)
+                    evidence = evidence.subset(chosen, site)
                     chosen = compose(chosen, part.select(evidence, site))
         if chosen is None:
-            raise ContractError(f"no part of `{self.name}` acts at site {site}")
+            raise ContractError(
+                f"no part of `{self.name}` acts at site {site}", "let sites() name exactly the sites of the parts"
+            )
         return chosen
 
 
@@ -272,7 +346,9 @@ class Chain(Composite):
 
     def __init__(self, *methods: Method) -> None:
         if len(methods) < 2:
-            raise BudgetError(f"a chain needs at least two methods, got {len(methods)}")
+            raise BudgetError(
+                f"a chain needs at least two methods, got {len(methods)}", "pass a single method as it is"
+            )
         object.__setattr__(self, "methods", methods)
         object.__setattr__(self, "positions", "paper")
 

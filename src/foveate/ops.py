@@ -41,6 +41,16 @@ def ranks(order: Int[Tensor, " m"], n: int, missing: int) -> Int[Tensor, " n"]:
     return torch.full((n,), missing, device=order.device).scatter(0, order, places)
 
 
+def in_turns(scores: Float[Tensor, " n"], group: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Indices of the best of each group, then of the second of each, and so on; in each turn by falling score."""
+    order = descending(scores)
+    together = order[group[order].argsort(stable=True)]
+    place = torch.arange(len(order), device=order.device)
+    begins = group[together].diff(prepend=group[together[:1]] - 1) != 0
+    turn = place - torch.where(begins, place, 0).cummax(dim=0).values
+    return order[torch.zeros_like(turn).scatter(0, together, turn)[order].argsort(stable=True)]
+
+
 def shares(k: int, sizes: Sequence[int]) -> tuple[int, ...]:
     """k_i = floor(k / g) + [i < k mod g], at most sizes_i: equal shares of k; what does not fit goes to the others.
 
@@ -63,11 +73,11 @@ def spherical_kmeans(rows: Float[Tensor, "n d"], k: int, iterations: int) -> Flo
     The first centre is the row nearest the mean direction, each next one the row least similar to its nearest centre.
     A group without rows keeps its centre. Of equal candidates the lowest index wins.
     """
-    centre = rows.index_select(0, (rows @ rows.mean(0)).argmax()[None])[0]
+    centre = rows.index_select(0, (rows @ rows.mean(0)).argmax(0, keepdim=True))[0]
     centres, likeness = [centre], [rows @ centre]
     nearest = likeness[0]
     for _ in range(k - 1):
-        centre = rows.index_select(0, nearest.argmin()[None])[0]
+        centre = rows.index_select(0, nearest.argmin(0, keepdim=True))[0]
         centres.append(centre)
         likeness.append(rows @ centre)
         nearest = torch.maximum(nearest, likeness[-1])
@@ -75,10 +85,57 @@ def spherical_kmeans(rows: Float[Tensor, "n d"], k: int, iterations: int) -> Flo
     similar = torch.stack(likeness)  # of each row to the first centres: what the first iteration needs
     for iteration in range(iterations):
         similar = directions @ rows.T if iteration else similar
-        member = similar.argmax(dim=0) == groups
-        means = unit(member.to(rows.dtype) @ rows)
-        directions = torch.where(member.any(dim=1)[:, None], means, directions)
+        group = similar.max(dim=0).indices  # of ties the first, like argmax, which is slow down columns
+        means = unit(group_sums(rows, group, k))
+        directions = torch.where((group == groups).any(dim=1, keepdim=True), means, directions)
     return directions
+
+
+def group_sums(rows: Float[Tensor, "n d"], group: Int[Tensor, " n"], k: int) -> Float[Tensor, "k d"]:
+    """sum of x_i over the rows i of each of k groups, added in a fixed order.
+
+    On a CPU row by row, in one pass. Elsewhere ``index_add`` may add in any order: there it is a one-hot matrix product.
+    """
+    if rows.device.type == "cpu":
+        return rows.new_zeros(k, rows.shape[1]).index_add(0, group, rows)
+    return (group == torch.arange(k, device=rows.device)[:, None]).to(rows.dtype) @ rows
+
+
+def density_peaks(
+    rows: Float[Tensor, "n d"], k: int, neighbours: int = 5
+) -> tuple[Int[Tensor, " k"], Int[Tensor, " n"]]:
+    """The k largest rho_i delta_i, rho_i = exp(-mean of d_ij^2 over the nearest j), delta_i = min_{rho_j > rho_i} d_ij.
+
+    d_ij^2 is the mean over columns of (x_i - x_j)^2; the densest row has delta = max_j d_ij. Of equal rows the lowest
+    index counts as the denser one (Rodriguez, Laio 2014, with the neighbours of Du, Ding, Jia 2016).
+
+    Returns:
+        The rows that are peaks, and for each row which of them is nearest; a peak is nearest to itself.
+    """
+    n, x = len(rows), rows.float()
+    x = x - x.mean(dim=0)
+    square = x.square().sum(dim=1)
+    distance = (square[:, None] + square - 2 * x @ x.T).clamp(min=0) / x.shape[1]
+    index = torch.arange(n, device=x.device)
+    others = distance.masked_fill(index[:, None] == index, float("inf")).sort(dim=1).values
+    sparse = others[:, : min(neighbours, n - 1)].mean(dim=1) if n > 1 else torch.zeros_like(square)  # -log rho
+    denser = (sparse < sparse[:, None]) | ((sparse == sparse[:, None]) & (index < index[:, None]))
+    nearest = distance.masked_fill(~denser, float("inf")).amin(dim=1)
+    nearest = torch.where(denser.any(dim=1), nearest, distance.amax(dim=1))
+    peaks = descending(nearest.log() / 2 - sparse)[:k]
+    member = distance[:, peaks].argmin(dim=1).scatter(0, peaks, index[:k])
+    return peaks, member
+
+
+def group_means(rows: Float[Tensor, "n d"], member: Int[Tensor, " n"], k: int) -> Float[Tensor, "k d"]:
+    """mean of x_i over the rows i of each of k groups, none of them empty, in float32."""
+    sizes = (member == torch.arange(k, device=rows.device)[:, None]).sum(dim=1, keepdim=True)
+    return group_sums(rows.float(), member, k) / sizes
+
+
+def last_row(rows: Float[Tensor, "r n"]) -> Float[Tensor, " n"]:
+    """x_r in float32: the last row, zeros where there is none."""
+    return rows[-1].float() if len(rows) else torch.zeros_like(rows.sum(dim=0), dtype=torch.float32)
 
 
 def greedy_diversity(
@@ -102,6 +159,63 @@ def greedy_diversity(
         pick = cost.argmin()
         picks.append(pick)
     return torch.stack(picks)
+
+
+def loneliest(rows: Float[Tensor, "n d"]) -> Int[Tensor, ""]:
+    """argmin_i max_{j != i} cos(x_i, x_j): the row whose nearest neighbour is farthest; of equal ones the first.
+
+    Two rows that are each other's nearest are equal, whatever rounding says.
+    """
+    x = unit(rows)
+    index = torch.arange(len(x), device=x.device)
+    found = [
+        (x[part] @ x.T).masked_fill(index == part[:, None], float("-inf")).max(dim=1) for part in index.split(1024)
+    ]
+    nearest = torch.cat([part.indices for part in found])
+    best = torch.cat([part.values for part in found]).argmin(0, keepdim=True)
+    other = nearest.index_select(0, best)
+    mutual = nearest.index_select(0, other) == best
+    return torch.where(mutual, torch.minimum(best, other), best)[0]
+
+
+def greedy_volume(rows: Float[Tensor, "n d"], k: int) -> Int[Tensor, " k"]:
+    """j = argmax_i d_i^2, e_i = (<y_j, y_i> - <c_j, c_i>) / d_j, c_i <- (c_i, e_i), d_i^2 <- d_i^2 - e_i^2, d_j = 0.
+
+    The greedy maximum of det(Y_S Y_S^T), as in Chen, Zhang and Zhou (2018): d_i is how far row i stands out of the span
+    of those picked. Once none does (by a thousandth of the longest row), the longest rows go first.
+
+    Returns:
+        k different row indices in the order in which they were picked.
+    """
+    rows = rows.float()
+    gram = rows @ rows.T if len(rows) <= _GRAM_LIMIT else None
+    index = torch.arange(len(rows), device=rows.device)
+    gain = (rows * rows).sum(dim=1)
+    least = 1e-6 * gain.max()
+    by_length = -1.0 - ranks(descending(gain), len(rows), 0)
+    basis = rows.new_zeros(k, len(rows))
+    picks = []
+    for step in range(k):
+        pick = torch.where(gain > least, gain, by_length).argmax()
+        picks.append(pick)
+        row = rows @ rows.index_select(0, pick[None])[0] if gram is None else gram.index_select(0, pick[None])[0]
+        length = gain.index_select(0, pick[None])
+        rest = row - basis[:step].index_select(1, pick[None])[:, 0] @ basis[:step]
+        basis[step] = torch.where(length > least, rest / length.clamp(min=1e-20).sqrt(), 0.0)
+        gain = (gain - basis[step] ** 2).masked_fill(index == pick, float("-inf"))
+        by_length = by_length.masked_fill(index == pick, float("-inf"))
+    return torch.stack(picks)
+
+
+def outlier_fence(scores: Float[Tensor, " n"], factor: float) -> Float[Tensor, ""]:
+    """Q3 + factor (Q3 - Q1), quartiles interpolated linearly between the two nearest scores."""
+    ordered, last = scores.sort().values, len(scores) - 1
+
+    def quartile(q: float) -> Tensor:
+        low = math.floor(q * last)
+        return ordered[low] + (q * last - low) * (ordered[min(low + 1, last)] - ordered[low])
+
+    return quartile(0.75) + factor * (quartile(0.75) - quartile(0.25))
 
 
 @lru_cache(maxsize=256)

@@ -67,7 +67,8 @@ def get(name: str) -> type[Method]:
 def from_spec(spec: str | Method) -> Method:
     """Build a method from its one-line spec; a method passes through.
 
-    The grammar is ``name:key=value,key=value``; stages are written ``stages=3@0.5/17@0.3/22@0``; ``a + b`` is a chain.
+    The grammar is ``name:key=value,key=value``; stages are written ``stages=3@0.5/17@0.3/22@0``, other tuples ``3/17``
+    (one value alone: ``3/``); ``a + b`` is a chain.
 
     Raises:
         UnknownMethod: If no method has this name.
@@ -116,7 +117,7 @@ def _one(piece: str) -> Method:
             raise BudgetError(f"`{name}` has no option {key!r}", did_you_mean(key, known))
         if key in options:
             raise BudgetError(f"option {key!r} is given twice", "give it once")
-        options[key] = _read(value)
+        options[key] = _read(value, hints[key])
         if key != "keep" and not _fits(options[key], hints[key]):  # a wrong keep has a better error of its own
             raise BudgetError(
                 f"{key} must be {_kind(hints[key])}, got {value!r}", f"type `help(foveate.{cls.__name__})`"
@@ -154,13 +155,29 @@ def _kind(hint: Any) -> str:
         return " or ".join(dict.fromkeys(_kind(one) for one in inner))
     if origin is typing.Literal:
         return " or ".join(map(str, inner))
-    words = {float: "a number", int: "a whole number", bool: "true or false", type(None): "none", tuple: "3@0.5/17@0.3"}
+    if _is_tuple(hint):
+        return "3@0.5/17@0.3" if any(map(_is_tuple, inner)) else "values like 3/17"
+    words = {float: "a number", int: "a whole number", bool: "true or false", type(None): "none"}
     return words.get(origin or hint, str(hint))
 
 
-def _read(text: str) -> Any:
-    if "@" in text:
-        return tuple((_read(site), _read(keep)) for site, _, keep in (s.partition("@") for s in text.split("/")))
+def _is_tuple(hint: Any) -> bool:
+    """Whether an option may be a tuple."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(map(_is_tuple, typing.get_args(hint)))
+    return (typing.get_origin(hint) or hint) is tuple
+
+
+def _read(text: str, hint: Any) -> Any:
+    if _is_tuple(hint) and ("/" in text or "@" in text):
+        return tuple(_value(piece) for piece in text.split("/") if piece)
+    return _value(text, pair=False)
+
+
+def _value(text: str, pair: bool = True) -> Any:
+    site, at, keep = text.partition("@")
+    if pair and at:
+        return (_value(site), _value(keep))
     constants = {"true": True, "false": False, "none": None}
     if text.lower() in constants:
         return constants[text.lower()]
@@ -174,5 +191,7 @@ def _read(text: str) -> Any:
 
 def _write(value: Any) -> str:
     if isinstance(value, tuple):
-        return "/".join(f"{site}@{_write(keep)}" for site, keep in value)
+        pairs = [isinstance(item, tuple) and len(item) == 2 for item in value]
+        items = [f"{_write(i[0])}@{_write(i[1])}" if pair else _write(i) for i, pair in zip(value, pairs, strict=True)]
+        return "/".join(items) + "/" * (len(value) < 2 and not any(pairs))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

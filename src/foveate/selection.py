@@ -125,9 +125,15 @@ def _check(method: Method, evidence: Evidence, selections: Sequence[Selection], 
     n, k = evidence.n, len(selections[0].keep)
     expected = method.expected(n, evidence.total, site, evidence.depth)
     if expected is not None and k != expected:
-        raise ContractError(f"`{method.name}` announced {expected} of {n} tokens at site {site} and kept {k}")
+        raise ContractError(
+            f"`{method.name}` announced {expected} of {n} tokens at site {site} and kept {k}",
+            "let expected() return what select() keeps, or None where it depends on the input",
+        )
     if (selections[0].stay is not None) and not method.adaptive:
-        raise ContractError(f"`{method.name}` answered with `stay` but is not declared adaptive")
+        raise ContractError(
+            f"`{method.name}` answered with `stay` but is not declared adaptive",
+            "set adaptive = True on the class, or answer with `keep` alone",
+        )
     if k == 0:
         return
     keep = torch.stack([selection.keep for selection in selections])
@@ -136,5 +142,6 @@ def _check(method: Method, evidence: Evidence, selections: Sequence[Selection], 
     if bool(bad.any()):
         raise ContractError(
             f"`{method.name}` must return sorted, unique indices in range({n}) at site {site}, "
-            f"got {keep[bad.nonzero()[0, 0]].tolist()[:16]}..."
+            f"got {keep[bad.nonzero()[0, 0]].tolist()[:16]}...",
+            "sort what topk gives: `scores.topk(k).indices.sort().values`",
         )

@@ -13,8 +13,10 @@ import foveate
 from foveate import Report, registry
 from foveate.core import Method
 from foveate.engines.base import compress
-from foveate.families import FAMILIES, family_of
+from foveate.families import FAMILIES, CrossFamily, family_of
 from tests.models import TOKENS, tiny_inputs, tiny_llava
+from tests.zoo.inputs import batch
+from tests.zoo.models import NAMES, placeholders, tiny
 
 LAYERS, NEW = 6, 4
 OPTIONS: dict[str, Any] = {
@@ -26,15 +28,12 @@ OPTIONS: dict[str, Any] = {
     "output_logits": True,
 }
 
-#: Small models by family; a family without one fails `test_every_family_has_a_model`.
-MODELS: dict[str, dict[str, Callable[[], Any]]] = {
-    "llava": {
-        "llava-clip": lambda: tiny_llava(tower="clip"),
-        "llava-siglip": lambda: tiny_llava(tower="siglip"),
-        "llava-clip-eager": lambda: tiny_llava("eager"),
-    }
+#: Every method runs on each of these; every family runs in `tests/families`.
+MODELS: dict[str, Callable[[], Any]] = {
+    "llava-clip": lambda: tiny_llava(tower="clip"),
+    "llava-siglip": lambda: tiny_llava(tower="siglip"),
+    "llava-clip-eager": lambda: tiny_llava("eager"),
 }
-ALL = {name: make for family in MODELS.values() for name, make in family.items()}
 
 
 def _specs() -> list[str]:
@@ -42,20 +41,22 @@ def _specs() -> list[str]:
     return [f"{name}:keep={0.6 if name == 'v2drop' else 0.3}" for name in registry.names()]
 
 
-@pytest.fixture(params=ALL, scope="module")
+@pytest.fixture(params=MODELS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return ALL[request.param]()
+    return MODELS[request.param]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_knows_its_model(name: str) -> None:
+    model = tiny(name)
+    family = family_of(model)
+    assert model.config.model_type in family.model_types
+    assert len(family.layers(model)) == LAYERS
+    assert family.provides(model) <= foveate.core.DECLARABLE
 
 
 def test_every_family_has_a_model() -> None:
-    assert {family.name for family in FAMILIES} == set(MODELS)
-    for family in FAMILIES:
-        for make in MODELS[family.name].values():
-            model = make()
-            assert family_of(model) is family
-            assert model.config.model_type in family.model_types
-            assert len(family.layers(model)) == LAYERS
-            assert family.provides(model) <= foveate.core.DECLARABLE
+    assert {family_of(tiny(name)).name for name in NAMES} >= {family.name for family in FAMILIES}
 
 
 @pytest.mark.parametrize("spec", _specs())
@@ -146,26 +147,31 @@ def test_verify_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert foveate.verify(model, "v2drop:keep=8", new_tokens=2).ok
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_evidence_has_one_row_per_token(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_evidence_has_one_row_per_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.engine.probes import peek, watch
 
-    for make in MODELS[family.name].values():
-        model, seen = make(), watch(monkeypatch)
-        provided = family.provides(model)
-        inside = sorted(provided & foveate.core.DECODER_EVIDENCE)
-        before = sorted(provided - foveate.core.DECODER_EVIDENCE)
-        methods: list[Method] = [peek(0, *before), peek(2, *inside)]
-        with compress(model, foveate.Chain(*methods)):
-            model.generate(**tiny_inputs(), **OPTIONS)
-        for site, names in ((0, before), (2, inside)):
-            for evidence in seen["peek", site]:
-                assert evidence.n == len(evidence.coordinates) == TOKENS == sum(evidence.crops or [TOKENS])
-                frames, rows, columns = evidence.grid
-                flat = (evidence.coordinates * torch.tensor([rows * columns, columns, 1])).sum(1)
-                assert frames * rows * columns >= TOKENS and (flat.diff() > 0).all(), "in reading order"
-                for name in set(names) - {"text", "seed", "relevance", "coordinates"}:
-                    assert len(evidence.require(name)) == TOKENS
-                    assert torch.isfinite(evidence.require(name).float()).all()
-                if site:
-                    assert evidence.require("relevance").shape[1] == TOKENS
+    model, seen = tiny(name), watch(monkeypatch)
+    family = family_of(model)
+    provided = family.provides(model)
+    inside = sorted(provided & foveate.core.DECODER_EVIDENCE)
+    before = sorted(provided - foveate.core.DECODER_EVIDENCE)
+    methods: list[Method] = [peek(0, *before)]
+    if not isinstance(family, CrossFamily) and name != "gemma4_shared":
+        methods.append(peek(4, *inside))
+    with compress(model, foveate.Chain(*methods) if len(methods) > 1 else methods[0]):
+        model.generate(**batch(name), **OPTIONS, suppress_tokens=placeholders(model))
+    for site, names in ((0, before), (4, inside))[: len(methods)]:
+        assert seen["peek", site]
+        for evidence in seen["peek", site]:
+            n = evidence.n
+            assert n == len(evidence.coordinates) == sum(evidence.crops or [n]) == sum(map(len, evidence.by_crop()))
+            assert torch.cat(evidence.by_crop()).sort().values.tolist() == list(range(n))
+            frames, rows, columns = evidence.grid
+            flat = (evidence.coordinates * torch.tensor([rows * columns, columns, 1])).sum(1)
+            assert frames * rows * columns >= n and len(flat.unique()) == n, "a place of its own for each token"
+            for known in set(names) - {"text", "text_keys", "text_hidden", "seed", "relevance", "coordinates"}:
+                assert len(evidence.require(known)) == n
+                assert torch.isfinite(evidence.require(known).float()).all()
+            if site:
+                assert evidence.require("relevance").shape[1] == n

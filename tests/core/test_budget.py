@@ -105,3 +105,61 @@ def test_a_mean_out_of_reach_names_the_least() -> None:
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("keep at least 54,")
     assert budget.alive_per_layer(576, solve_schedule(576, 54, 32, (3, 17, 22)), 32)[3] == 0
+
+
+@given(
+    n=st.integers(1, 3000),
+    layers=st.integers(2, 80),
+    share=st.floats(0.0, 1.0),
+    data=st.data(),
+)
+def test_a_decaying_schedule_meets_its_mean_to_within_half_a_token(
+    n: int, layers: int, share: float, data: st.DataObject
+) -> None:
+    sites = sorted(data.draw(st.sets(st.integers(1, layers - 1), min_size=1, max_size=4)))
+    keep = max(1, round(share * n))
+    assume(keep * layers >= sites[0] * n)
+    stages = budget.solve_decay(n, keep, layers, sites)
+    counts = alive_per_layer(n, stages, layers)
+    assert [site for site, _ in stages] == sites
+    assert list(counts) == sorted(counts, reverse=True)
+    assert abs(sum(counts) / layers - keep) <= 0.5
+
+
+def test_a_decaying_schedule_keeps_the_same_share_at_each_stage() -> None:
+    assert budget.solve_decay(576, 270, 32, (8, 16, 24)) == ((8, 288), (16, 144), (24, 72))
+    assert budget.solve_decay(576, 576, 32, (2, 6, 15)) == ((2, 576), (6, 576), (15, 576))
+    assert budget.solve_decay(576, 36, 32, (2,)) == ((2, 0),)
+    assert budget.solve_decay(576, 64, 32, (2,)) == ((2, 30),)
+    with pytest.raises(BudgetError, match=r"out of reach: 2 of 32 layers .* makes 36\nhint: keep at least 36"):
+        budget.solve_decay(576, 35, 32, (2,))
+
+
+def test_a_decaying_schedule_counts_what_goes_on_besides() -> None:
+    def one_more(alive: int, k: int) -> int:
+        return min(alive, k + 1)
+
+    stages = budget.solve_decay(100, 50, 10, (2, 5), one_more)
+    first, second = (k + 1 for _, k in stages)
+    assert abs((2 * 100 + 3 * first + 5 * second) / 10 - 50) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("depths", "layers", "places"),
+    [
+        ((2 / 32, 6 / 32, 15 / 32), 32, (2, 6, 15)),
+        ((2 / 32, 6 / 32, 15 / 32), 40, (3, 8, 19)),
+        ((0.25, 0.5, 0.75), 4, (1, 2, 3)),
+        ((0.01, 0.02, 0.03), 32, (1, 2, 3)),
+    ],
+)
+def test_depths_become_rising_layers(depths: tuple[float, ...], layers: int, places: tuple[int, ...]) -> None:
+    assert budget.at_depths(depths, layers) == places
+
+
+@pytest.mark.parametrize(
+    "stages", [(), ((0, 0.5),), ((3, 0.5), (3, 0.2)), ((5, 0.5), (3, 0.5)), ((3, 1.5),), ((3, -1),)]
+)
+def test_stages_that_cannot_be_are_refused(stages: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(BudgetError, match="hint: "):
+        budget.check_stages(stages)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import ast
 import builtins
 import inspect
 import pickle
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,21 @@ def test_an_error_says_what_is_wrong_and_what_to_type(cls: type[FoveateError]) -
     assert (error.message, error.hint) == ("keep must be at least 1 token, got 0", "keep=64 keeps 64 tokens")
     assert str(cls("no hint")) == "no hint"
     assert cls("no hint").hint is None
+
+
+def _raised() -> Iterator[tuple[str, ast.Call]]:
+    source = Path(inspect.getfile(errors)).parent
+    for path in sorted(source.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                if node.exc.func.id in CLASSES:
+                    yield f"{path.relative_to(source)}:{node.lineno}", node.exc
+
+
+def test_every_error_raised_has_a_hint() -> None:
+    raised = list(_raised())
+    assert len(raised) > 50
+    assert [where for where, call in raised if len(call.args) + len(call.keywords) < 2] == []
 
 
 def test_an_error_survives_pickling() -> None:

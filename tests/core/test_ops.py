@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from foveate import ops
+from tests.methods.helpers import array, clusters
 
 
 def test_unit_rows_have_length_one_and_a_zero_row_stays_zero() -> None:
@@ -76,6 +78,15 @@ def test_kmeans_with_more_groups_than_rows_keeps_empty_groups_finite() -> None:
         assert torch.equal(ops.spherical_kmeans(rows, 5, 3), rows[:1].expand(5, 3))
 
 
+@given(n=st.integers(1, 40), k=st.integers(1, 9), seed=st.integers(0, 999))
+def test_group_sums_are_the_product_with_the_one_hot_matrix(n: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, group = torch.randn(n, 5, generator=generator), torch.randint(k, (n,), generator=generator)
+    one_hot = (group == torch.arange(k)[:, None]).float()
+    torch.testing.assert_close(ops.group_sums(rows, group, k), one_hot @ rows, atol=1e-5, rtol=1e-5)
+    assert ops.group_sums(rows.to("meta"), group.to("meta"), k).shape == (k, 5)
+
+
 @given(n=st.integers(1, 12), k=st.integers(1, 12), seed=st.integers(0, 999), poor=st.booleans())
 def test_greedy_diversity_picks_different_tokens(n: int, k: int, seed: int, poor: bool) -> None:
     rows = torch.ones(n, 3) if poor else torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
@@ -93,6 +104,43 @@ def test_greedy_diversity_without_the_cosine_matrix_is_the_same(
     picks = ops.greedy_diversity(rows, 12, first, objective)  # type: ignore[arg-type]
     monkeypatch.setattr(ops, "_GRAM_LIMIT", 0)
     assert ops.greedy_diversity(rows, 12, first, objective).tolist() == picks.tolist()  # type: ignore[arg-type]
+
+
+def test_the_loneliest_row_is_found_in_pieces_too() -> None:
+    rows = torch.randn(1500, 3) + torch.tensor([9.0, 0.0, 0.0])
+    for lonely in (3, 1300):
+        moved = rows.clone()
+        moved[lonely] = torch.tensor([-1.0, 0.0, 0.0])
+        assert int(ops.loneliest(moved)) == lonely
+    assert int(ops.loneliest(rows[:1])) == int(ops.loneliest(torch.zeros(4, 3))) == 0
+
+
+@given(n=st.integers(1, 12), k=st.integers(1, 12), seed=st.integers(0, 999), rank=st.integers(0, 6))
+def test_greedy_volume_picks_different_rows_also_beyond_the_rank(n: int, k: int, seed: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, rank, generator=generator) @ torch.randn(rank, 7, generator=generator)
+    picks = ops.greedy_volume(rows, min(k, n)).tolist()
+    assert len(set(picks)) == min(k, n)
+    lengths = torch.linalg.svdvals(rows)
+    assume(rank == 0 or lengths[min(n, rank) - 1] > 0.02 * lengths[0])
+    spanned = min(rank, n, k)
+    assert int(torch.linalg.matrix_rank(rows[picks[:spanned]])) == spanned, "each pick adds volume while any can"
+    left = rows[picks[spanned:]].norm(dim=1)
+    assert (left.diff() <= 1e-6).all(), "then the longest go first"
+
+
+def test_greedy_volume_without_the_gram_matrix_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(40, 20)
+    picks = ops.greedy_volume(rows, 12)
+    monkeypatch.setattr(ops, "_GRAM_LIMIT", 0)
+    assert ops.greedy_volume(rows, 12).tolist() == picks.tolist()
+
+
+@given(scores=st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=20), factor=st.floats(0, 3))
+def test_the_outlier_fence_is_made_of_quartiles(scores: list[float], factor: float) -> None:
+    low, high = np.quantile(np.array(scores), [0.25, 0.75])
+    fence = float(ops.outlier_fence(torch.tensor(scores), factor))
+    assert fence == pytest.approx(high + factor * (high - low), abs=1e-4)
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8), st.data())
@@ -143,5 +191,60 @@ def test_the_shared_functions_run_under_vmap(n: int, k: int) -> None:
     picks = torch.vmap(lambda x, s: ops.greedy_diversity(x, k, s.argmax()))(rows, scores)
     alone = [ops.greedy_diversity(x, k, s.argmax()) for x, s in zip(rows, scores, strict=True)]
     assert torch.equal(picks, torch.stack(alone))
+    for pick in (ops.loneliest, lambda x: ops.greedy_volume(x, k), lambda x: ops.outlier_fence(x[:, 0], 1.5)):
+        assert torch.equal(torch.vmap(pick)(rows), torch.stack([pick(x) for x in rows]))
     centres = torch.vmap(lambda x: ops.spherical_kmeans(ops.unit(x), k, 2))(rows)
     torch.testing.assert_close(centres, torch.stack([ops.spherical_kmeans(ops.unit(x), k, 2) for x in rows]))
+
+
+@given(scores=st.lists(st.integers(0, 5), min_size=1, max_size=20), data=st.data())
+def test_groups_take_turns(scores: list[int], data: st.DataObject) -> None:
+    n = len(scores)
+    group = data.draw(st.lists(st.integers(-2, 3), min_size=n, max_size=n))
+    queues: dict[int, list[int]] = {}
+    for i in sorted(range(n), key=lambda i: -scores[i]):
+        queues.setdefault(group[i], []).append(i)
+    wanted = []
+    while any(queues.values()):
+        turn = [queue.pop(0) for queue in queues.values() if queue]
+        wanted += sorted(turn, key=lambda i: (-scores[i], i))
+    assert ops.in_turns(torch.tensor(scores).float(), torch.tensor(group)).tolist() == wanted
+
+
+def test_density_peaks_find_separate_clouds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clouds = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    rows = clouds.repeat_interleave(7, 0) + 0.3 * torch.randn(21, 2, generator=generator)
+    peaks, member = ops.density_peaks(rows, 3)
+    assert sorted((peaks // 7).tolist()) == [0, 1, 2]
+    assert all(peaks[member[i]] // 7 == i // 7 for i in range(21))
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 24), width=st.integers(1, 5), k=st.integers(1, 5))
+def test_density_peaks_are_those_of_the_loops(seed: int, n: int, width: int, k: int) -> None:
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    wanted, nearest, margin = clusters(array(rows), min(k, n))
+    assume(margin > 1e-5)
+    peaks, member = ops.density_peaks(rows, min(k, n))
+    assert (peaks.tolist(), member.tolist()) == (wanted, nearest)
+
+
+def test_density_peaks_of_equal_far_and_single_rows() -> None:
+    peaks, member = ops.density_peaks(torch.ones(6, 3), 2)
+    assert len(set(peaks.tolist())) == 2 and member[peaks].tolist() == [0, 1]
+    far = torch.tensor([[0.0], [1e4], [3e4]])  # exp(-d^2) of any two is 0 in any precision
+    assert ops.density_peaks(far, 2)[0].tolist() == [1, 0]
+    assert [t.tolist() for t in ops.density_peaks(torch.zeros(1, 4), 1)] == [[0], [0]]
+
+
+def test_group_means_are_float32_whatever_the_rows() -> None:
+    rows = torch.tensor([[1.0, 0.0], [3.0, 2.0], [5.0, 5.0]]).half()
+    means = ops.group_means(rows, torch.tensor([1, 1, 0]), 2)
+    assert means.dtype == torch.float32
+    assert means.tolist() == [[5.0, 5.0], [2.0, 1.0]]
+
+
+def test_the_last_row_of_nothing_is_zero() -> None:
+    assert ops.last_row(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).half()).tolist() == [3.0, 4.0]
+    assert ops.last_row(torch.zeros(0, 3).half()).tolist() == [0.0, 0.0, 0.0]
+    assert ops.last_row(torch.zeros(0, 3).half()).dtype == torch.float32

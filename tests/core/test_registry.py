@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_spaces_do_not_matter_and_a_plus_makes_a_chain() -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "complaint", "hint"),
     [
-        ("evocat:keep=64", UnknownMethod, "unknown method: 'evocat'", "did you mean `evocut`?"),
+        ("evocat:keep=64", UnknownMethod, "unknown method: 'evocat'", "did you mean `evocut`"),
         ("", UnknownMethod, "unknown method: ''", "known: "),
         ("zebra", UnknownMethod, "unknown method: 'zebra'", "`evocut`"),
         ("evocut", BudgetError, "`evocut` needs keep", "type `evocut:keep=64`"),
@@ -137,6 +137,49 @@ def test_an_outsider_registers_through_the_entry_point(monkeypatch: pytest.Monke
     assert "first" in registry.names()
     assert registry.from_spec("first:keep=3") == First(keep=3)
     assert registry.to_spec(First(keep=3)) == "first:keep=3"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuples(First):
+    """Options of all kinds."""
+
+    name: ClassVar[str] = "tuples"
+
+    layers: tuple[int, ...] = ()
+    window: tuple[float, float] | None = None
+    words: tuple[str, ...] = ("a",)
+    stages: tuple[tuple[int, float], ...] = ()
+    label: str = ""
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(
+    ("options", "spec"),
+    [
+        ({}, "tuples:keep=4"),
+        ({"layers": (2, 5, 9)}, "tuples:keep=4,layers=2/5/9"),
+        ({"layers": (2,)}, "tuples:keep=4,layers=2/"),
+        ({"words": ()}, "tuples:keep=4,words=/"),
+        ({"words": ("b", "c")}, "tuples:keep=4,words=b/c"),
+        ({"window": (0.25, 0.5)}, "tuples:keep=4,window=0.25/0.5"),
+        ({"stages": ((2, 0.5),)}, "tuples:keep=4,stages=2@0.5"),
+        ({"stages": ((2, 0.5), (4, 0.25))}, "tuples:keep=4,stages=2@0.5/4@0.25"),
+        ({"label": "a/b@c"}, "tuples:keep=4,label=a/b@c"),
+    ],
+)
+def test_tuples_of_an_outsider_round_trip(options: dict[str, Any], spec: str) -> None:
+    registry.register(Tuples)
+    method = Tuples(keep=4, **options)
+    assert registry.to_spec(method) == spec
+    assert registry.from_spec(spec) == method
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(("option", "kind"), [("layers=a/b", "3/17"), ("window=1/2/3", "3/17"), ("stages=3/4", "3@0.5")])
+def test_a_wrong_tuple_is_a_named_error(option: str, kind: str) -> None:
+    registry.register(Tuples)
+    with pytest.raises(BudgetError, match=kind):
+        registry.from_spec(f"tuples:keep=4,{option}")
 
 
 @pytest.mark.usefixtures("clean_registry")

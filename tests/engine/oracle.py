@@ -27,6 +27,7 @@ class Read:
         logits: What follows each token, [sequence, vocabulary]; NaN where the token had left.
         hidden: Input of each decoder layer, [layers + 1, entries, d].
         maps: Attention of each decoder layer, mean over heads, [layers, entries, entries].
+        keys: Keys of each decoder layer after rotation, heads side by side, [layers, entries, heads * width].
         column: The entry of each token of the sequence; -1 where the token left before the LLM.
         visual: For each image the entries of the tokens that entered the LLM.
     """
@@ -34,6 +35,7 @@ class Read:
     logits: Tensor
     hidden: Tensor
     maps: Tensor
+    keys: Tensor
     column: Tensor
     visual: tuple[Tensor, ...]
 
@@ -53,12 +55,17 @@ class Oracle:
         return self.model.model.get_image_features(pixels[None].double(), return_dict=True).pooler_output[0]
 
     def logits(
-        self, inputs: Mapping[str, Tensor], sequences: Tensor, report: Any = None, positions: str = "original"
+        self,
+        inputs: Mapping[str, Tensor],
+        sequences: Tensor,
+        report: Any = None,
+        positions: str = "original",
+        rewrite: Any = None,
     ) -> Tensor:
         """Return what follows each token of ``sequences``, [batch, sequence, vocabulary]; NaN on padding."""
         out = torch.full((*sequences.shape, self.config.vocab_size), float("nan"), dtype=torch.float64)
         for row in range(len(sequences)):
-            read = self.read(inputs, sequences, row, report, positions)
+            read = self.read(inputs, sequences, row, report, positions, rewrite=rewrite and rewrite(row))
             out[row, sequences.shape[1] - len(read.logits) :] = read.logits
         return out
 
@@ -71,8 +78,13 @@ class Oracle:
         report: Any = None,
         positions: str = "original",
         source: int | None = None,
+        rewrite: Any = None,
     ) -> Read:
-        """Read one sequence, which begins with prompt ``source`` of the inputs (default: prompt ``row``)."""
+        """Read one sequence, which begins with prompt ``source`` of the inputs (default: prompt ``row``).
+
+        ``rewrite(layer, h, maps, text, visual)`` may return other inputs of a layer than those that came out of the
+        one before; it sees the entries of the text and those of each image.
+        """
         source = row if source is None else source
         mask = inputs.get("attention_mask")
         real = torch.ones_like(inputs["input_ids"][source]) if mask is None else mask[source]
@@ -111,16 +123,20 @@ class Oracle:
                 place += 1
         numbers = torch.arange(len(entries)) if positions == "packed" else torch.tensor(where)
         last = torch.tensor(dies)
-        hidden, maps, final = self._layers(torch.stack(entries), numbers, last)
+        words = [entry for entry in range(len(entries)) if all(entry not in tokens for tokens in visual)]
+        change = rewrite and (lambda layer, h, maps: rewrite(layer, h, maps, words, visual))
+        hidden, maps, keys, final = self._layers(torch.stack(entries), numbers, last, change)
         logits = torch.full((len(ids), self.config.vocab_size), float("nan"), dtype=torch.float64)
         seen = column >= 0
         logits[seen] = final[column[seen]]
         gone = seen & (last[column.clamp(min=0)] < layers)
         logits[gone] = float("nan")
-        return Read(logits, hidden, maps, column, tuple(torch.tensor(v, dtype=torch.long) for v in visual))
+        return Read(logits, hidden, maps, keys, column, tuple(torch.tensor(v, dtype=torch.long) for v in visual))
 
-    def _layers(self, h: Tensor, positions: Tensor, dies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Llama, written out: [t, d] embeddings to layer inputs, attention maps and logits."""
+    def _layers(
+        self, h: Tensor, positions: Tensor, dies: Tensor, change: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Llama, written out: [t, d] embeddings to layer inputs, attention maps, keys and logits."""
         config, t = self.config, len(h)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         width = config.hidden_size // heads
@@ -139,13 +155,16 @@ class Oracle:
             return x.view(t, n, width).transpose(0, 1)
 
         causal = torch.ones(t, t, dtype=torch.bool).tril()
-        inputs, maps = [h], []
+        inputs, maps, keys = [h], [], []
         for index, layer in enumerate(self.text.layers):
             visible = causal & (dies > index)
             visible |= torch.eye(t, dtype=torch.bool)  # a token that left still sees itself, and nobody looks
+            h = change(index, h, maps) if change else h
             x, attention = norm(h, layer.input_layernorm), layer.self_attn
             q = rotate(split(x @ attention.q_proj.weight.T, heads))
-            k = rotate(split(x @ attention.k_proj.weight.T, groups)).repeat_interleave(heads // groups, 0)
+            k = rotate(split(x @ attention.k_proj.weight.T, groups))
+            keys.append(k.transpose(0, 1).flatten(1))
+            k = k.repeat_interleave(heads // groups, 0)
             v = split(x @ attention.v_proj.weight.T, groups).repeat_interleave(heads // groups, 0)
             scores = (q @ k.transpose(1, 2) / width**0.5).masked_fill(~visible, float("-inf")).softmax(-1)
             maps.append(scores.mean(0))
@@ -154,7 +173,8 @@ class Oracle:
             gate = x @ mlp.gate_proj.weight.T
             h = h + (gate * gate.sigmoid() * (x @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
             inputs.append(h)
-        return torch.stack(inputs), torch.stack(maps), norm(h, self.text.norm) @ self.model.lm_head.weight.T
+        logits = norm(h, self.text.norm) @ self.model.lm_head.weight.T
+        return torch.stack(inputs), torch.stack(maps), torch.stack(keys), logits
 
 
 def _tokens(features: Tensor, image: Any, layers: int) -> list[tuple[int, Tensor, int]]:

@@ -81,6 +81,9 @@ def peek(at: int, *needs: str, together: bool = False, layer: Literal["feature",
         def saliency_layer(self) -> Literal["feature", "last"]:
             return layer
 
+        def shallow_layer(self, n_layers: int) -> int:
+            return 1
+
         def sites(self, n_layers: int) -> tuple[int, ...]:
             return (at,)
 

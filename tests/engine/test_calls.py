@@ -113,12 +113,8 @@ def test_text_alone_is_left_alone() -> None:
     for spec in KINDS:
         with compress(model, spec) as handle:
             output = model.generate(**text, **GREEDY, max_new_tokens=5)
-            embedded = model.generate(
-                inputs_embeds=model.get_input_embeddings()(text["input_ids"]),
-                attention_mask=text["attention_mask"],
-                **GREEDY,
-                max_new_tokens=5,
-            )
+            embeds = model.get_input_embeddings()(text["input_ids"])
+            embedded = model.generate(**text, inputs_embeds=embeds, **GREEDY, max_new_tokens=5)
         assert torch.equal(torch.stack(output.logits), torch.stack(plain.logits))
         assert torch.equal(torch.stack(embedded.logits), torch.stack(plain.logits))
         assert handle.report.calls == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
-from foveate.core import Chain, Evidence, Method
+from foveate.core import DECODER_EVIDENCE, Chain, Evidence, Method
 from foveate.engines import capture
 from foveate.engines.base import compress
 from tests.engine.oracle import GREEDY, pair
@@ -21,7 +21,8 @@ from tests.models import IMAGE, PATCH, SIDE, TOKENS, Tower, one_row, tiny_inputs
 
 TOWERS: list[Tower] = ["clip", "siglip"]
 IMPLS = ["sdpa", "eager"]
-ENCODER = ("encoder_fold", "encoder_saliency", "encoder_keys")
+ENCODER = ("encoder_fold", "encoder_saliency", "encoder_shallow", "encoder_keys")
+INSIDE = (*sorted(DECODER_EVIDENCE), "text", "coordinates")
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def test_saliency_and_keys(layer: Any, tower: Tower, impl: str, monkeypatch: pyt
     inputs, seen = tiny_inputs(), watch(monkeypatch)
     states, maps, skip, feature = _encoder(tower, inputs["pixel_values"])
     model = pair(impl, tower)[0]
-    _run(model, peek(0, "encoder_saliency", "encoder_keys", "encoder_fold", layer=layer), inputs)
+    _run(model, peek(0, "encoder_saliency", "encoder_shallow", "encoder_keys", "encoder_fold", layer=layer), inputs)
     attention = maps[feature if layer == "feature" else -1].mean(1)
     module = model.model.vision_tower.encoder.layers[feature]
     with torch.no_grad():
@@ -76,8 +77,9 @@ def test_saliency_and_keys(layer: Any, tower: Tower, impl: str, monkeypatch: pyt
     evidences = seen["peek", 0]
     assert [e.encoder_saliency.shape for e in evidences] == [(TOKENS,)] * 3
     for image, evidence in enumerate(evidences):
-        wanted = attention[image, 0, 1:] if tower == "clip" else attention[image].mean(0)
-        assert (evidence.encoder_saliency - wanted).abs().max() <= 1e-6
+        for name, heads in (("encoder_shallow", maps[1].mean(1)), ("encoder_saliency", attention)):
+            wanted = heads[image, 0, 1:] if tower == "clip" else heads[image].mean(0)
+            assert (evidence.require(name) - wanted).abs().max() <= 1e-6
         assert skip or abs(wanted.sum() - 1) <= 1e-5
         torch.testing.assert_close(evidence.encoder_keys, keys[image], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(evidence.encoder_fold, fold[image], atol=1e-4, rtol=1e-5)
@@ -253,6 +255,14 @@ def _decoder_evidence(
                 assert (got - want).abs().max() <= 1e-6 * 5
             torch.testing.assert_close(evidence.hidden.double(), read.hidden[site][visual], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(evidence.previous.double(), read.hidden[site - 1][visual], atol=1e-4, rtol=1e-4)
+            read_keys, embeddings = read.keys[site - 1], model.get_input_embeddings().weight[ids[row, pad:][words]]
+            for got, want in (
+                (evidence.keys, read_keys[visual]),
+                (evidence.text_keys, read_keys[text]),
+                (evidence.text_hidden, read.hidden[site][text]),
+                (evidence.text, embeddings),
+            ):
+                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, check_dtype=False)
             features = read.hidden[0][visual]
             torch.testing.assert_close(evidence.features.double(), features, atol=1e-4, rtol=1e-4)
             places = [tuple(divmod(token, 4)) for i in unit for token in alive[i]]
@@ -285,7 +295,7 @@ DROPS = {
 @pytest.mark.parametrize("together", [True, False], ids=["prompt", "image"])
 @pytest.mark.parametrize("name", DROPS)
 def test_decoder_evidence(name: str, together: bool, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = peek(4, "relevance", "text_mass", "hidden", "previous", "coordinates", together=together)
+    probe = peek(4, *INSIDE, together=together)
     method = Chain(*DROPS[name], probe) if DROPS[name] else probe
     monkeypatch.setattr(capture, "_CHUNK", 5)
     _decoder_evidence(monkeypatch, impl, method, 4, together)
@@ -293,7 +303,7 @@ def test_decoder_evidence(name: str, together: bool, impl: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"num_beams": 1, "use_cache": False}], ids=str)
 def test_decoder_evidence_with_other_caches(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = peek(1, "relevance", "text_mass", "hidden", "previous", "coordinates", together=True)
+    probe = peek(1, *INSIDE, together=True)
     if "use_cache" in options:
         options = {**options, "suppress_tokens": [IMAGE]}
     _decoder_evidence(monkeypatch, "sdpa", probe, 1, True, **options)

@@ -37,6 +37,15 @@ CASES: dict[str, tuple[str | Method, str]] = {
     "random": ("random:keep=5", "packed"),
     "grid": ("grid:keep=4", "packed"),
     "pool": ("pool:keep=4", "packed"),
+    "divprune": ("divprune:keep=5", "packed"),
+    "cdpruner": ("cdpruner:keep=5", "packed"),
+    "vispruner": ("vispruner:keep=5,removed=2", "packed"),
+    "holov": ("holov:keep=5,chunks=4", "packed"),
+    "fastv": ("fastv:keep=7", "original"),
+    "pyramiddrop": ("pyramiddrop", "original"),
+    "sparsevlm": ("sparsevlm:stages=2@0.5/4@0.3,recycle=0.0", "original"),  # recycling: test_merging.py
+    "dart": ("dart:keep=8,pivots=2", "original"),
+    "vscan": ("vscan:keep=6,window=2", "packed"),
     "evocut + v2drop": ("evocut:keep=10 + v2drop:stages=2@0.5/4@0", "packed"),
     "evocut original + v2drop": ("evocut:keep=10,positions=original + v2drop:stages=2@0.5/4@0", "original"),
     "pool + evocut + todre": ("pool:keep=8,positions=packed + evocut:keep=5 + todre:keep=3,exit=0.5,tau=1.0", "packed"),
@@ -46,6 +55,13 @@ CASES: dict[str, tuple[str | Method, str]] = {
     "ragged inside, together": (SharedCoin(at="135", share=0.6), "original"),
     "ragged everywhere": (Chain(Coin(share=0.8), Coin(at="13", seed=2), SharedCoin(at="34", seed=3)), "original"),
 }
+#: Methods that merge before the LLM otherwise than by plain means; their rows come from the frame, not from the oracle.
+MERGED = (
+    "visionzip:keep=6,contextual=0.4",
+    "prumerge:keep=5,neighbours=3",
+    "prumerge:keep=9,fence=0.5",
+    "prumerge_plus:keep=9,fence=0.5,uniform=0.4",
+)
 BACKENDS: list[tuple[str, Tower]] = [(i, t) for i in ("sdpa", "eager") for t in ("clip", "siglip")]
 
 
@@ -73,8 +89,37 @@ def test_dropped_equals_masked(case: str, impl: str, tower: Tower) -> None:
     assert all(image.alive == tuple(len(image.after(layer)) for layer in range(6)) for image in report.images)
 
 
+@pytest.mark.parametrize(("impl", "tower"), [("sdpa", "clip"), ("eager", "siglip")])
+@pytest.mark.parametrize("spec", MERGED)
+def test_rows_merged_before_the_llm_are_read_in_their_places(spec: str, impl: str, tower: Tower) -> None:
+    (model, oracle), inputs = pair(impl, tower), tiny_inputs()
+    with compress(model, spec) as handle:
+        output = model.generate(**inputs, **GREEDY, max_new_tokens=8)
+    assert handle.frame is not None
+    images, report = handle.frame.images, handle.report
+
+    def merged(row: int) -> Any:
+        mine = [seen.evidence.features.double() for seen in images if seen.row == row]
+
+        def rewrite(layer: int, h: Any, maps: Any, text: Any, visual: Any) -> Any:
+            return (
+                h.index_copy(0, torch.tensor([entry for tokens in visual for entry in tokens]), torch.cat(mine))
+                if not layer and mine
+                else h
+            )
+
+        return rewrite
+
+    assert differ(output.logits, oracle.logits(inputs, output.sequences, report, "packed", merged)) <= TOLERANCE
+    steps, dropped = torch.stack(output.logits, 1), oracle.logits(inputs, output.sequences, report, "packed")
+    assert (steps - dropped[:, -1 - steps.shape[1] : -1])[1:].abs().amax((1, 2)).min() > 100 * TOLERANCE
+    if "fence" in spec:
+        assert len({image.alive[0] for image in report.images}) > 1, "each picture has its own number of outliers"
+
+
 def test_every_registered_method_is_proven() -> None:
-    tried = {part.name for method, _ in CASES.values() for part in foveate.from_spec(method).parts}
+    methods = [*(method for method, _ in CASES.values()), *MERGED]
+    tried = {part.name for method in methods for part in foveate.from_spec(method).parts}
     known = {part.name for name in foveate.registry.names() for part in _build(name).parts}
     assert known <= tried
 
@@ -100,6 +145,11 @@ def _build(name: str) -> Method:
         "random:keep=1.0",
         "grid:keep=1.0",
         "pool:keep=1.0",
+        "fastv:keep=1.0",
+        "pyramiddrop:keep=1.0",
+        "sparsevlm:keep=1.0",
+        "dart:keep=1.0",
+        "vscan:keep=1.0",
         "evocut:keep=1.0 + v2drop:stages=3@1.0",
     ],
 )

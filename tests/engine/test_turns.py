@@ -138,7 +138,7 @@ def test_a_loop_whose_outputs_are_tuples(case: str) -> None:
     assert differ(logits, oracle.logits(inputs, sequences, handle.report, positions)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["evocut", "v2drop", "evocut + v2drop"])
+@pytest.mark.parametrize("case", ["evocut", "evocut original", "v2drop", "evocut + v2drop"])
 def test_a_loop_without_masks(case: str) -> None:
     (method, positions), (model, oracle), inputs = CASES[case], pair(), one_row(tiny_inputs(), 2)
     with compress(model, method) as handle, torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -42,6 +43,10 @@ def make_evidence(n: int = 24, seed: int = 0, width: int = 8, words: int = 5, **
         "relevance": normal(words, n).softmax(1) * 0.1,
         "text_mass": normal(n).abs() * 0.01,
         "seed": torch.tensor(seed + 7),
+        "encoder_shallow": normal(n).softmax(0),
+        "keys": normal(n, 6),
+        "text_keys": normal(words, 6),
+        "text_hidden": normal(words, width),
     }
     return Evidence(**(values | changes))
 
@@ -60,8 +65,9 @@ def converted(evidence: Evidence, dtype: torch.dtype) -> Evidence:
 
 def permuted(evidence: Evidence, order: Tensor) -> Evidence:
     """Return the evidence with its tokens in another order."""
-    per_token = ("coordinates", "features", "encoder_fold", "encoder_keys", "encoder_saliency", "hidden", "previous")
-    changed: dict[str, Any] = {name: getattr(evidence, name)[order] for name in (*per_token, "text_mass")}
+    encoder = ("encoder_fold", "encoder_keys", "encoder_saliency", "encoder_shallow")
+    per_token = ("coordinates", "features", *encoder, "hidden", "previous", "text_mass", "keys")
+    changed: dict[str, Any] = {name: getattr(evidence, name)[order] for name in per_token}
     assert evidence.relevance is not None
     return dataclasses.replace(evidence, relevance=evidence.relevance[:, order], **changed)
 
@@ -88,3 +94,24 @@ def gap(scores: Array) -> float:
     """Return the smallest difference between two scores."""
     values = sorted(float(s) for s in scores)
     return min((b - a for a, b in pairwise(values)), default=1.0)
+
+
+def clusters(rows: Array, k: int, neighbours: int = 5) -> tuple[list[int], list[int], float]:
+    """Return density peaks by loops: the k peaks, the peak nearest each row, and the narrowest decision on the way."""
+    n, width = rows.shape
+    square = [[sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / width for y in rows] for x in rows]
+    near = [sorted(square[i][j] for j in range(n) if j != i)[:neighbours] for i in range(n)]
+    density = [math.exp(-sum(d) / len(d)) if d else 1.0 for d in near]
+    weight = []
+    for i in range(n):
+        above = [math.sqrt(square[i][j]) for j in range(n) if density[j] > density[i]]
+        weight.append(density[i] * (min(above) if above else math.sqrt(max(square[i]))))
+    peaks = sorted(range(n), key=lambda i: -weight[i])[:k]
+    nearest = []
+    margin = min(gap(np.array(density)), gap(np.array(weight)))
+    for i in range(n):
+        ordered = sorted(range(k), key=lambda p: square[i][peaks[p]])
+        nearest.append(peaks.index(i) if i in peaks else ordered[0])
+        if k > 1 and i not in peaks:
+            margin = min(margin, square[i][peaks[ordered[1]]] - square[i][peaks[ordered[0]]])
+    return peaks, nearest, margin

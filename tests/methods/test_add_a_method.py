@@ -40,19 +40,21 @@ def test_the_example_is_a_method(names: dict[str, Any]) -> None:
 
 def test_the_example_inside_the_llm_is_a_method(names: dict[str, Any]) -> None:
     evidences = [make_evidence(seed=seed) for seed in range(3)]
-    method = names["FastV"](keep=0.25)
-    assert method.sites(32) == (2,)
-    for evidence, answer in zip(evidences, select_all(method, evidences, 2), strict=True):
-        assert answer.keep.tolist() == top(array(evidence.relevance)[-1], 6)
+    method = names["Vote"]()
+    assert method.sites(32) == (16,)
+    for evidence, answer in zip(evidences, select_all(method, evidences, 16), strict=True):
+        assert answer.keep.tolist() == top(array(evidence.relevance).sum(0), 6)
+    assert names["Vote"](keep=384).expected(576, 576, 16, 32) == 192
+    assert registry.from_spec("v2drop:stages=8@0.5/16@12").stages == names["Vote"](stages=((8, 0.5), (16, 12))).stages
 
 
 def test_a_plug_in_is_found_by_its_entry_point(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint(name="fastv", value="my_package.fastv:FastV", group="foveate.methods")
-    monkeypatch.setattr(EntryPoint, "load", lambda self: names["FastV"])
+    point = EntryPoint(name="vote", value="my_package.vote:Vote", group="foveate.methods")
+    monkeypatch.setattr(EntryPoint, "load", lambda self: names["Vote"])
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
     registry._load.cache_clear()
-    assert registry.from_spec("fastv:keep=0.25") == names["FastV"](keep=0.25)
-    assert registry.names()[-1] == "fastv"
+    assert registry.from_spec("vote:keep=0.75") == names["Vote"](keep=0.75)
+    assert registry.names()[-1] == "vote"
     registry._load.cache_clear()
 
 

@@ -3,7 +3,7 @@
 An image is one item, whatever marks stand between its placeholders; to idefics3, smolvlm and minicpmv4_6 each of its
 tiles is one. A video is one item, also when timestamps stand between its frames; minicpmv4_6 is not told which frames
 belong together, to it each is one. Newlines between the rows of a packed picture are placeholders, but no visual
-tokens.
+tokens; likewise the CLS token before each frame of video_llava.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Item:
         row: Of the batch.
         kind: Image or video.
         columns: Of its visual tokens, ascending: places in the prompt, padding counted; for mllama places among all
-            that its row can look across at.
+            that its row can look across at, in the order of its tokens.
     """
 
     row: int
@@ -71,14 +71,21 @@ def _cut(model: Any, inputs: Mapping[str, Tensor], kind: Kind, marked: Tensor) -
 
 
 def _newlines(model: Any, inputs: Mapping[str, Tensor], kind: Kind) -> list[Tensor]:
-    """For each item of a family that has newlines, which of its placeholders are one; else nothing."""
+    """For each item of a family that has newlines, which of its placeholders are one; else nothing.
+
+    The CLS tokens in a video of video_llava are treated alike.
+    """
+    if model.config.model_type == "video_llava" and kind == "video":
+        tower = model.config.vision_config
+        first = torch.arange(1 + (tower.image_size // tower.patch_size) ** 2) == 0
+        return [first.repeat(len(video)) for video in inputs["pixel_values_videos"]]
     if getattr(model.model, "image_newline", None) is None:
         return []
     encode = getattr(model.model, f"get_{kind}_features")
     known = {name: inputs[name] for name in inspect.signature(encode).parameters if name in inputs}
     with torch.no_grad():
         features = encode(**known, return_dict=True).pooler_output
-    return [(rows == model.model.image_newline).all(-1) for rows in features]
+    return [(rows.flatten(0, -2) == model.model.image_newline).all(-1) for rows in features]
 
 
 def _lengths(model: Any, inputs: Mapping[str, Tensor], kind: Kind, marked: Tensor) -> list[int]:
@@ -117,12 +124,18 @@ def _runs(marked: Tensor) -> list[int]:
 
 
 def _across(model: Any, inputs: Mapping[str, Tensor]) -> list[Item]:
-    """The items of mllama: an image's real tiles, each with its class token and its patches."""
-    patches, slots = model.model.vision_model.num_patches, inputs["aspect_ratio_mask"].shape[-1]
+    """The items of mllama: patches of an image's real tiles, in reading order of the image; class tokens are none."""
+    tower = model.config.vision_config
+    side, slots = tower.image_size // tower.patch_size, inputs["aspect_ratio_mask"].shape[-1]
     images: Sequence[int] = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
     found = []
     for row, count in enumerate(images):
         for image in range(count):
-            tiles = int(inputs["aspect_ratio_mask"][row, image].sum())
-            found.append(Item(row, "image", image * slots * patches + torch.arange(tiles * patches)))
+            high, wide = tower.supported_aspect_ratios[int(inputs["aspect_ratio_ids"][row, image]) - 1]
+            columns = [
+                (image * slots + y // side * wide + x // side) * (side**2 + 1) + 1 + y % side * side + x % side
+                for y in range(high * side)
+                for x in range(wide * side)
+            ]
+            found.append(Item(row, "image", torch.tensor(columns)))
     return found

@@ -255,7 +255,7 @@ def _gemma4_video(maker: Maker) -> Media:
 
 
 def _slice_video(maker: Maker) -> Media:
-    sizes = [(8, 8)] * FRAMES
+    sizes = [(8, 16)] * FRAMES
     ids = [i for size in sizes for i in _slice(0, size, VIDEO_TOKEN)]
     targets = torch.tensor(sizes, dtype=torch.int32)
     tensors = {"pixel_values_videos": _strip(maker, sizes), "target_sizes_videos": targets}

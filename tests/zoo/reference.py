@@ -203,12 +203,29 @@ def _cut(task: _Task) -> Tensor:
 
 
 def _across(task: _Task) -> Tensor:
-    """Hide tokens from the layers that look across at the image; slots without a tile stay as the model has them."""
-    text = task.text
-    columns = task.inputs["cross_attention_mask"].flatten(2).shape[-1] * task.model.model.vision_model.num_patches
-    alive = task.visible(torch.ones(len(task.sequences), columns, dtype=torch.bool))
+    """Hide tokens from the layers that look across at the image.
+
+    Slots without a tile hold no token, and text that sees an image does not see them. They leave with the first token
+    that leaves before the LLM, from every prompt of whose images a selection is told; a prompt without images then
+    looks at zeros, which add nothing to it. Else they stay as the model has them.
+    """
+    text, ratios, tiles = task.text, task.inputs["aspect_ratio_ids"], task.inputs["aspect_ratio_mask"]
+    taken = ((tiles > 0) & (ratios > 0)[..., None]).flatten(1)
+    taken = taken.repeat_interleave(task.model.model.vision_model.num_patches, 1)
+    told = [(item, stay) for item, stages in zip(task.found, task.kept, strict=True) for at, stay in stages if at == 0]
+    seen, lone = torch.ones_like(taken), torch.zeros(len(taken), dtype=torch.bool)
+    if any(len(_without(item.columns, stay)) for item, stay in told):
+        rows = [item.row for item, _ in told]
+        seen[rows] = taken[rows]
+        lone = ~taken.any(1)
+    alive = task.visible(seen)
     if not alive.any(-1).all():
         raise ValueError("a layer that looks across at nothing")
+
+    def darken(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        states = kwargs["cross_attention_states"].unflatten(0, (len(lone), -1))
+        states = states.masked_fill(lone[:, None, None, None], 0.0).flatten(0, 1)
+        return args, {**kwargs, "cross_attention_states": states}
 
     def see(layer: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -219,6 +236,7 @@ def _across(task: _Task) -> Tensor:
         return hook
 
     with ExitStack() as stack:
+        stack.callback(text.register_forward_pre_hook(darken, with_kwargs=True).remove)
         for layer in text.cross_attention_layers:
             hook = text.layers[layer].register_forward_pre_hook(see(layer), with_kwargs=True)
             stack.callback(hook.remove)

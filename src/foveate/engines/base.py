@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import wraps
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from foveate import registry
 from foveate.core import DECODER_EVIDENCE, Method
-from foveate.engines.decoder import DecoderPart, guard_gaps
+from foveate.engines.cross import CrossPart
+from foveate.engines.cut import guard_gaps
+from foveate.engines.decoder import DecoderPart
 from foveate.engines.prompt import PromptPart
-from foveate.engines.state import Attachment, Clock, Frame, Frames
+from foveate.engines.state import Attachment, Clock, Frame, Frames, attending
 from foveate.errors import UnsupportedCall, UnsupportedMethod
-from foveate.families import Family, family_of
+from foveate.families import CrossFamily, Family, family_of
+from foveate.families.base import BEFORE_THE_LLM
 from foveate.report import Report
 
 _MARK = "_foveate_handle"
@@ -27,7 +33,13 @@ class Handle:
         self._last: Frame | None = None
         self._calls = 0
         layers = family.layers(model)
-        prompt, inner = _split(method, len(layers))
+        prompt, inner = _split(method, family, model)
+        if inner and isinstance(family, CrossFamily):
+            raise UnsupportedMethod(
+                f"`{inner[0].name}` drops between decoder layers, where {family.name} has no visual tokens: its text "
+                "looks across at them",
+                BEFORE_THE_LLM,
+            )
         self.positions = positions = _positions(method, prompt, family)
         _check_evidence(prompt, inner, family, model)
         if inner:
@@ -35,11 +47,15 @@ class Handle:
         try:
             if inner:
                 DecoderPart(model, family, inner, self._frames, self._attachment)
-            if prompt and positions == "original":
-                guard_gaps(family.decoder(model), layers, self._attachment)
+            if prompt and positions == "original" and not isinstance(family, CrossFamily):
+                guard_gaps(family.base(model), family.decoder(model), layers, self._attachment)
             self._time_prefill(family.decoder(model))
-            sites = frozenset(site for part in inner for site in part.sites(len(layers)))
-            PromptPart(model, family, prompt, sites, positions, self._frames, self._finished, self._attachment)
+            shared = (self._frames, self._finished, self._attachment)
+            if isinstance(family, CrossFamily):
+                self._prompt: PromptPart = CrossPart(model, family, prompt, *shared)
+            else:
+                sites = frozenset(site for part in inner for site in part.sites(len(layers)))
+                self._prompt = PromptPart(model, family, prompt, sites, positions, *shared)
             model.__dict__[_MARK] = self
             self._attachment.add(lambda: model.__dict__.pop(_MARK))
         except BaseException:
@@ -49,7 +65,7 @@ class Handle:
     @property
     def report(self) -> Report:
         """What the last call with pictures did; reading it waits for the device."""
-        layers = len(self.family.layers(self.model))
+        layers = self.family.reading_layers(self.model)
         spec = registry.to_spec(self.method)
         if self._last is None:
             return Report(method=spec, model=type(self.model).__name__, layers=layers)
@@ -59,6 +75,17 @@ class Handle:
     def frame(self) -> Frame | None:
         """The last call with pictures, with everything still on the device; for `verify` and for research."""
         return self._last
+
+    def reselect(self) -> None:
+        """Let the next call of this thread select anew from the pictures of the last one, without encoding them again.
+
+        For a new question about the same pictures: it brings them again, in a new prompt with a new cache. Its report
+        has no ``encode_ms``. The handle keeps what the encoder made, and the pictures themselves, until the next ones.
+
+        Raises:
+            UnsupportedCall: If this thread has read no picture yet; the next call, if its pictures are not the same.
+        """
+        self._prompt.encoder.reselect()
 
     def remove(self) -> None:
         """Leave the model as it was; a second time does nothing. The report stays."""
@@ -87,9 +114,9 @@ class Handle:
         def forward(*args: Any, **kwargs: Any) -> Any:
             frame = self._frames.top
             clock: Clock | None = None if frame is None or frame.clock.ran("prefill") else frame.clock
-            if clock is None:
+            if torch.compiler.is_compiling():  # no clock in a graph
                 return original(*args, **kwargs)
-            with clock.section("prefill"):
+            with attending(), nullcontext() if clock is None else clock.section("prefill"):
                 return original(*args, **kwargs)
 
         self._attachment.wrap(decoder, "forward", forward)
@@ -128,8 +155,9 @@ def compress(model: Any, method: Method | str) -> Handle:
     return Handle(model, built, family)
 
 
-def _split(method: Method, n_layers: int) -> tuple[list[Method], list[Method]]:
+def _split(method: Method, family: Family, model: Any) -> tuple[list[Method], list[Method]]:
     """Return the parts that act before the LLM and those that act inside it."""
+    n_layers, first = len(family.layers(model)), family.first_site(model)
     prompt, inner = [], []
     for part in method.parts:
         sites = part.sites(n_layers)
@@ -140,23 +168,24 @@ def _split(method: Method, n_layers: int) -> tuple[list[Method], list[Method]]:
             )
         if sites == (0,):
             prompt.append(part)
-        elif sites and min(sites) >= 1 and max(sites) < n_layers:
+        elif sites and min(sites) >= first and max(sites) < n_layers:
             inner.append(part)
         else:
-            raise UnsupportedMethod(
-                f"`{part.name}` acts at sites {sites}; allowed are 0 alone, or layers 1..{n_layers - 1} of this model",
-                "make it a chain of parts, one for site 0 and one for the layers",
-            )
+            hint = "make it a chain of parts, one for site 0 and one for the layers"
+            if sites and 1 <= min(sites) < first:
+                hint = f"{family.name} needs all tokens before layer {first}: v2drop:stages={first}@0.5 is the earliest"
+            allowed = f"allowed are 0 alone, or layers {first}..{n_layers - 1} of this model"
+            raise UnsupportedMethod(f"`{part.name}` acts at sites {sites}; {allowed}", hint)
     return prompt, inner
 
 
 def _positions(method: Method, prompt: list[Method], family: Family) -> str:
-    """Return the one position policy of the parts that act before the LLM."""
-    wanted = {
-        part.paper_positions if chosen == "paper" else chosen
-        for part in prompt
-        for chosen in [part.positions if method.positions == "paper" else method.positions]
-    }
+    """Return the one position policy of the parts that act before the LLM: the paper's, where the family allows it."""
+    wanted = set()
+    for part in prompt:
+        chosen = part.positions if method.positions == "paper" else method.positions
+        paper = part.paper_positions if part.paper_positions in family.positions else family.positions[0]
+        wanted.add(paper if chosen == "paper" else chosen)
     if len(wanted) > 1:
         raise UnsupportedMethod(
             f"the parts of `{registry.to_spec(method)}` want different positions: {', '.join(sorted(wanted))}",
@@ -180,7 +209,7 @@ def _positions(method: Method, prompt: list[Method], family: Family) -> str:
 def _check_evidence(prompt: list[Method], inner: list[Method], family: Family, model: Any) -> None:
     """Refuse what is not there to be captured: what the decoder shows exists inside it only, all else before it."""
     provided = family.provides(model)
-    before, inside = provided - DECODER_EVIDENCE, provided & (DECODER_EVIDENCE | {"coordinates"})
+    before, inside = provided - DECODER_EVIDENCE, provided & (DECODER_EVIDENCE | {"coordinates", "text"})
     for part in [*prompt, *inner]:
         missing = part.needs - (before if part in prompt else inside)
         if missing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,14 +37,16 @@ class Record:
     Args:
         modality: ``image`` or ``video``.
         arguments: Of the call.
+        real: Which encoder rows are patches, counted over all forwards; None: all.
         segments: Patches of each encoder forward; known when the first layer ends.
         folds: By the method's place.
-        saliency: By layer, in the pieces in which the encoder computes attention.
+        saliency: By layer (an early one by the method's place), in the pieces in which the encoder computes attention.
         keys: Head-mean keys of the feature layer, in the same pieces.
     """
 
     modality: str
     arguments: Mapping[str, Any]
+    real: Tensor | None = None
     segments: list[int] = field(default_factory=list)
     folds: dict[int, Tensor] = field(default_factory=dict)
     saliency: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Record:
         pieces = {
             "encoder_fold": [self.folds[place]] if place in self.folds else [],
             "encoder_saliency": self.saliency.get(method.saliency_layer, []),
+            "encoder_shallow": self.saliency.get(f"shallow {place}", []),
             "encoder_keys": self.keys,
         }
         return {name: torch.cat(found) for name, found in pieces.items() if found and name in method.needs}
@@ -72,7 +75,7 @@ class EncoderCapture:
         towers: list[Any] = []
         for modality in family.modalities:
             layers = family.encoder_layers(model, modality)
-            if all(layers is not tower for tower in towers):
+            if all(layers[0] is not tower[0] for tower in towers):
                 towers.append(layers)
         for layers in towers:
             self._attach(layers, methods, needs, attachment)
@@ -84,8 +87,10 @@ class EncoderCapture:
                     hook = layers[transition - 1].register_forward_hook(self._folder(place, method), with_kwargs=True)
                     attachment.add(hook.remove)
         places = {"feature": self._family.feature_layer(self._model), "last": len(layers) - 1}
-        wanted = {method.saliency_layer for method in methods if "encoder_saliency" in method.needs}
-        for name in sorted(wanted):
+        wanted: set[str] = {method.saliency_layer for method in methods if "encoder_saliency" in method.needs}
+        early = {f"shallow {i}": m for i, m in enumerate(methods) if "encoder_shallow" in m.needs}
+        places |= {name: method.shallow_layer(len(layers)) for name, method in early.items()}
+        for name in sorted(wanted | early.keys()):
             tap(self._family.encoder_attention(layers[places[name]]), self._saliency(name), attachment)
         if "encoder_keys" in needs:
             tap(self._family.encoder_attention(layers[places["feature"]]), self._keys, attachment)
@@ -93,7 +98,9 @@ class EncoderCapture:
     @contextmanager
     def recording(self, modality: str, arguments: Mapping[str, Any]) -> Iterator[Record]:
         """Record the encoder passes of this thread over the pictures of one modality."""
-        record = self._local.record = Record(modality, arguments)
+        real = self._family.real(self._model, modality, arguments)
+        rows = None if real is None else real.flatten().nonzero()[:, 0]  # once, as it waits for the device
+        record = self._local.record = Record(modality, arguments, rows)
         try:
             yield record
         finally:
@@ -109,10 +116,10 @@ class EncoderCapture:
             if record is None:
                 return
             states = args[0] if args else kwargs["hidden_states"]
-            before = self._family.patches(self._model, states)
+            before = self._patches(record, states)
             if not record.segments:
                 record.segments = self._family.segments(self._model, record.modality, record.arguments, before)
-            after = self._family.patches(self._model, output[0] if isinstance(output, tuple) else output)
+            after = self._patches(record, output[0] if isinstance(output, tuple) else output)
             record.folds[place] = _fold(method, record.folds.get(place), before, after, record.segments)
 
         return hook
@@ -123,17 +130,23 @@ class EncoderCapture:
             if record is None:
                 return
             if self._family.has_cls(self._model):
-                received = attention_rows(query[:, :, :1], key, scaling, None)[:, :, 0, 1:].mean(1)
+                received = _from_cls(query, key, scaling, self._family.stretches(self._model))
             else:
                 received = _column_mean(query, key, scaling, mask)
+            received = self._patches(record, received[..., None])
             record.saliency.setdefault(name, []).append(received.flatten())
 
         return listen
 
     def _keys(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         if self._record is not None:
-            mean = self._family.patches(self._model, key.mean(1))
+            mean = self._patches(self._record, key.mean(1))
             self._record.keys.append(mean.reshape(-1, mean.shape[-1]))
+
+    def _patches(self, record: Record, states: Tensor) -> Tensor:
+        """Encoder states of the patches alone: without CLS, and without what fills a forward up."""
+        states = self._family.patches(self._model, states)
+        return states if record.real is None else states.flatten(0, 1)[record.real.to(states.device)]
 
 
 def _fold(
@@ -154,14 +167,27 @@ def _fold(
     return torch.vmap(method.fold)(carry.unflatten(0, (len(before), -1)), before, after).flatten()
 
 
+def _from_cls(query: Tensor, key: Tensor, scaling: float | None, stretches: int) -> Float[Tensor, "b n"]:
+    """Mean over heads of what each row gets from the CLS row of its stretch."""
+    cls = query.unflatten(2, (stretches, -1))[:, :, :, 0]
+    given: Tensor = attention_rows(cls, key, scaling, None).mean(1).unflatten(2, (stretches, -1))
+    return given.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)
+
+
 def _column_mean(query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> Float[Tensor, "b n"]:
-    """Mean over heads and queries of the attention each patch receives, chunk by chunk; unseen pairs do not count."""
+    """Mean over heads and queries of the attention each patch receives, chunk by chunk.
+
+    Unseen pairs do not count, nor do queries that cannot see themselves: they fill up an image smaller than others.
+    """
     if mask is None:
         total = sum(attention_rows(q, key, scaling, None).sum((1, 2)) for q in query.split(_CHUNK, dim=2))
         assert isinstance(total, Tensor)
         return total / (query.shape[1] * query.shape[2])
+    if mask.dim() == 2:  # what flash kernels get: which keys are real
+        mask = mask[:, None, None].bool()
     allowed = mask[..., : key.shape[2]] if mask.dtype == torch.bool else mask[..., : key.shape[2]] > _HIDDEN
     allowed = allowed.expand(-1, -1, query.shape[2], -1)
+    allowed = allowed & allowed.diagonal(dim1=2, dim2=3)[..., None]
     total = torch.zeros_like(key[:, 0, :, 0], dtype=torch.float32)
     for q, seen in zip(query.split(_CHUNK, dim=2), allowed.split(_CHUNK, dim=2), strict=True):
         total += attention_rows(q, key, scaling, seen).masked_fill(~seen, 0.0).sum((1, 2))  # a blind row is NaN
@@ -192,31 +218,42 @@ def attention_rows(
     return scores.softmax(-1)
 
 
-def text_and_visual_mass(
+def decoder_evidence(
+    needs: Set[str],
     query: Float[Tensor, "h s d"],
     key: Float[Tensor, "k s d"],
     scaling: float | None,
-    valid: Bool[Tensor, " s"] | None,
+    sees: Callable[[Tensor], Tensor],
     text: Int[Tensor, " t"],
     visual: Int[Tensor, " n"],
-) -> tuple[Float[Tensor, "t n"], Float[Tensor, " n"]]:
-    """Attention from text to visual tokens and from visual tokens to text, in one causal decoder layer, one prompt.
+) -> dict[str, Tensor]:
+    """What one decoder layer's attention shows of one prompt.
+
+    Args:
+        needs: What is wanted of ``relevance``, ``text_mass``, ``keys`` and ``text_keys``.
+        query: Of all tokens, after rotary embedding.
+        key: Of all tokens.
+        scaling: Factor on the scores; None = 1 / sqrt(d).
+        sees: Which columns each of some rows sees, [rows, s].
+        text: Columns of the text.
+        visual: Columns of the visual tokens.
 
     Returns:
-        The head-mean rows of the text queries at the visual columns, and for each visual query the head-mean
-        probability it puts on the text columns (zero for text that comes later, which it cannot see).
+        The head-mean rows of the text queries at the visual columns [t, n]; for each visual query the head-mean
+        probability it puts on the text columns [n] (zero for text that comes later, which it cannot see); the keys of
+        both with the heads side by side.
     """
-    columns = torch.arange(key.shape[1], device=key.device)
 
     def rows(positions: Tensor) -> Tensor:
-        allowed = columns <= positions[:, None]
-        if valid is not None:
-            allowed = allowed & valid
-        return attention_rows(query[None, :, positions], key[None], scaling, allowed)[0].mean(0)
+        return attention_rows(query[None, :, positions], key[None], scaling, sees(positions))[0].mean(0)
 
-    relevance = rows(text)[:, visual]
-    mass = torch.cat([rows(chunk)[:, text].sum(1) for chunk in visual.split(_CHUNK)])
-    return relevance, mass
+    ways: dict[str, Callable[[], Tensor]] = {
+        "relevance": lambda: rows(text)[:, visual],
+        "text_mass": lambda: torch.cat([rows(chunk)[:, text].sum(1) for chunk in visual.split(_CHUNK)]),
+        "keys": lambda: key[:, visual].transpose(0, 1).flatten(1),
+        "text_keys": lambda: key[:, text].transpose(0, 1).flatten(1),
+    }
+    return {name: way() for name, way in ways.items() if name in needs}
 
 
 def tap(module: nn.Module, listen: Listener, attachment: Attachment) -> None:

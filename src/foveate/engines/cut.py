@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.engines.sequence import Plan
-from foveate.engines.state import Frame
+from foveate.engines.state import Attachment, Frame
+from foveate.errors import UnsupportedCall
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is in a cache of the prompt that filled it.
+
+    Args:
+        plan: Which of its tokens.
+        positions: Positions of those, [b, s] or [axes, b, s].
+        last: From where later positions count on, [b, 1] or [axes, b, 1].
+    """
+
+    plan: Plan
+    positions: Tensor
+    last: Tensor
+
+    def expand(self, times: int) -> Kept:
+        """Return what is kept of a batch in which every row is repeated in place, as several returned answers do."""
+        if times == 1:
+            return self
+        positions, last = (t.repeat_interleave(times, -2) for t in (self.positions, self.last))
+        return Kept(self.plan.expand(times), positions, last)
 
 
 @dataclass(frozen=True)
@@ -19,22 +43,11 @@ class Turn:
 
     Args:
         ids: The prompt as the caller passed it.
-        plan: Which of its tokens are in the cache.
-        positions: Positions of those, [b, s] or [axes, b, s].
+        kept: What is in the cache; None when all of it is.
     """
 
     ids: Tensor
-    plan: Plan
-    positions: Tensor
-
-    def expand(self, batch: int) -> Turn:
-        """Return the turn of a batch in which every row is repeated in place, as several returned answers do."""
-        times, plan = batch // len(self.ids), self.plan
-        if times == 1:
-            return self
-        valid = None if plan.valid is None else plan.valid.repeat_interleave(times, 0)
-        plan = Plan(plan.index.repeat_interleave(times, 0), valid)
-        return Turn(self.ids.repeat_interleave(times, 0), plan, self.positions.repeat_interleave(times, -2))
+    kept: Kept | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Cut:
         arguments: What the model gets.
         ids: The prompt as the caller passed it.
         frame: None when the pictures are already in the cache.
-        turn: What the cache must remember; None when nothing was cut.
+        turn: What the cache must remember, if anything.
     """
 
     arguments: dict[str, Any]
@@ -59,6 +72,19 @@ class Cut:
         return self.ids.shape[1] - int(self.arguments["input_ids"].shape[1])
 
 
+def check_modes(arguments: Mapping[str, Any], config: Any) -> None:
+    """Refuse what ``generate`` offers and no call with pictures can have."""
+    if _option(arguments, config, "cache_implementation") == "paged":
+        raise UnsupportedCall(
+            'cache_implementation="paged" batches texts continuously and reads no pictures',
+            "leave it out, or call generate_batch for texts alone",
+        )
+    if _option(arguments, config, "token_healing"):
+        raise UnsupportedCall(
+            "token_healing writes the prompt anew, without its placeholders for pictures", "leave out token_healing"
+        )
+
+
 def shorten_lengths(cut: Cut, config: Any) -> None:
     """Lengths that count the prompt count the caller's prompt: translate them."""
     if not cut.removed:
@@ -67,6 +93,12 @@ def shorten_lengths(cut: Cut, config: Any) -> None:
         length = _option(cut.arguments, config, f"{bound}_length")
         if length and _option(cut.arguments, config, f"{bound}_new_tokens") is None:
             cut.arguments[f"{bound}_length"] = max(0, length - cut.removed)
+
+
+def shift_positions(arguments: Mapping[str, Any], by: int) -> dict[str, Any]:
+    """Renumber position ids: ``generate`` counts from 0 in every family, and some models count from 1."""
+    given = arguments.get("position_ids")
+    return {**arguments, "position_ids": given + by} if by and given is not None else {**arguments}
 
 
 def with_mask(arguments: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
@@ -111,3 +143,31 @@ class PromptFirst:
 
     def end(self) -> None:
         self._streamer.end()
+
+
+def guard_gaps(base: nn.Module, decoder: nn.Module, layers: nn.ModuleList, attachment: Attachment) -> None:
+    """Keep transformers from taking gaps in the position ids for several prompts packed into one row.
+
+    Without a mask and a cache it would cut attention at each gap, and flash attention looks at them in every layer:
+    so there is always a mask, and the layers see no position ids (the rotary embeddings hold them already). Some
+    models make their masks before the decoder.
+    """
+
+    def with_mask(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            tokens = next((t for name in ("inputs_embeds", "input_ids") if (t := kwargs.get(name)) is not None), None)
+            bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+            if bare and kwargs.get("position_ids") is not None and tokens is not None:
+                kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            return original(*args, **kwargs)
+
+        return forward
+
+    def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "position_ids": None}
+
+    for module in dict.fromkeys((base, decoder)):
+        attachment.wrap(module, "forward", with_mask(module.forward))
+    for layer in layers:
+        attachment.add(layer.register_forward_pre_hook(hide, with_kwargs=True).remove)

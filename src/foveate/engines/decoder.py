@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core import Evidence, Method, Selection
+from foveate.core import Evidence, Method, Selection, compose
 from foveate.engines import sequence
-from foveate.engines.capture import tap, text_and_visual_mass
-from foveate.engines.masks import Cutting, Masks
+from foveate.engines.caches import PLANS, remember
+from foveate.engines.capture import decoder_evidence, tap
+from foveate.engines.masks import Cutting, Masks, columns_seen, for_rows, layer_kinds
 from foveate.engines.sequence import Layout, Plan
 from foveate.engines.state import Attachment, Frame, Frames, Stage, bind
 from foveate.errors import NothingCompressed, UnsupportedCall
 from foveate.families import Family
 from foveate.selection import select_all
 
-_PLANS = "_foveate_plans"
-_ATTENTION = frozenset({"relevance", "text_mass"})
+_ATTENTION = frozenset({"keys", "relevance", "text_keys", "text_mass"})
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Call:
         cuttings: Drops that this call's layers must honour; prefill adds to them.
         alive: Per span of the layout, which of its tokens are alive.
         previous: Hidden states one layer before a site, by site.
-        attention: What taps saw by site and unit: columns of the visual tokens, text-to-visual relevance, mass.
+        attention: What taps saw by site and unit: positions of the visual tokens, and evidence by name.
+        embeds: What entered the first layer, where a method reads the text's embeddings.
         memo: Masks and embeddings made once per drop.
     """
 
@@ -56,7 +57,8 @@ class Call:
     cuttings: list[Cutting]
     alive: list[Tensor] = field(default_factory=list)
     previous: dict[int, Tensor] = field(default_factory=dict)
-    attention: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    attention: dict[tuple[int, ...], tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
+    embeds: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -92,9 +94,11 @@ class DecoderPart:
                 partial(self._on_layer, index), with_kwargs=True, prepend=True
             )
             attachment.add(hook.remove)
+        attends = [kind != "linear_attention" for kind in layer_kinds(decoder.config, self._depth)]
         for site, needs in wanted.items():
             if needs & _ATTENTION:
-                tap(self._layers[site - 1].get_submodule("self_attn"), partial(self._on_attention, site), attachment)
+                last = max(layer for layer in range(site) if attends[layer])
+                tap(self._layers[last].get_submodule("self_attn"), partial(self._on_attention, site), attachment)
 
     # -- per call
 
@@ -114,51 +118,65 @@ class DecoderPart:
             stack.pop()
 
     def _wrap_base(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Remember the 2-D mask: some models hand their decoder a finished 4-D one, or one for each kind of layer."""
+        """Remember what some models keep from their decoder: the 2-D mask, and whether pictures come in."""
         signature = inspect.signature(original)
 
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._local.mask = bind(signature, args, kwargs).get("attention_mask")
+            given = bind(signature, args, kwargs)
+            self._local.mask = given.get("attention_mask")
+            self._local.reads = any(m is not None for m in (given.get("mm_encoder_outputs") or {}).values())
             try:
                 return original(*args, **kwargs)
             finally:
-                self._local.mask = None
+                self._local.mask, self._local.reads = None, False
 
         return forward
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call = self._open(kwargs)
-            with self._entered(call):
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._entered(self._open(kwargs)):
                 return original(*args, **kwargs)
 
+        def let_tokens_leave(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs)
+
+        uncompiled = torch.compiler.disable(let_tokens_leave)  # how many stay is no matter for a graph
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (uncompiled if self._reads else run)(*args, **kwargs)
+
         return forward
+
+    @property
+    def _reads(self) -> bool:
+        """Whether this pass reads a call's pictures; it may be text beside the prompt, as for guidance."""
+        return self._frames.top is not None and getattr(self._local, "reads", False)
 
     def _open(self, kwargs: dict[str, Any]) -> Call | None:
         frame, cache = self._frames.top, kwargs.get("past_key_values")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        past = 0 if cache is None else cache.get_seq_length()
-        empty = cache is None or not bool(past)
-        if empty and cache is not None and hasattr(cache, _PLANS):
-            delattr(cache, _PLANS)
         masks = (mask, getattr(self._local, "mask", None))
         mask = next((m for m in masks if isinstance(m, Tensor) and m.dim() == 2), None)
-        if frame is None or not frame.images or not empty or embeds is None:
-            cuttings = [] if cache is None or empty else getattr(cache, _PLANS, [])
-            return Call(None, None, 0, mask, cuttings) if cuttings else None
-        if embeds.shape[1] < frame.layout.length:
+        if frame is None or not frame.images or not self._reads or embeds is None:
+            cuttings = getattr(cache, PLANS, [])
+            return Call(None, None, 0, mask, for_rows(cuttings, embeds)) if cuttings else None
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        if filled or embeds.shape[1] < frame.layout.length:
             raise UnsupportedCall(
                 f"the prompt arrives in chunks ({embeds.shape[1]} of {frame.layout.length} tokens), and tokens that "
                 "leave inside the LLM must be seen together",
                 "leave out prefill_chunk_size, or use a method that selects before the LLM",
             )
+        if cache is not None:
+            vars(cache).pop(PLANS, None)
         for seen in frame.images:  # without a cache every step reads the prompt again, and selects again
             seen.stages = [stage for stage in seen.stages if stage.site == 0]
         layout = frame.layout.expand(len(embeds))
         alive = [torch.arange(len(span.positions), device=embeds.device) for span in layout.spans]
-        return Call(frame, layout, embeds.shape[1], mask, [], alive)
+        reads = any("text" in method.needs for here in self._at.values() for method in here)
+        return Call(frame, layout, embeds.shape[1], mask, [], alive, embeds=embeds if reads else None)
 
     # -- hooks
 
@@ -167,14 +185,14 @@ class DecoderPart:
         if call is None:
             return None
         kwargs = {**kwargs, **dict(zip(self._names, args, strict=False))}
-        hidden = kwargs.pop("hidden_states")
+        hidden = before = kwargs.pop("hidden_states")
         if call.prefill and index in self._at:
             hidden = self._drop(call, index, hidden, kwargs.get("past_key_values"))
         if call.prefill and index in self._before:
             call.previous[index + 1] = hidden
         cutting = next((c for c in reversed(call.cuttings) if c.first <= index), None)
         if cutting is None:
-            return None
+            return None if hidden is before else ((hidden,), kwargs)
         kwargs["position_ids"] = None  # already in the rotary embeddings; gaps look like packing to flash attention
         if call.prefill:
             if hidden.shape[1] != cutting.plan.index.shape[1]:
@@ -201,11 +219,13 @@ class DecoderPart:
             return
         plan, columns = self._plan(call), query.shape[2]
         for scope in {method.scope for method in self._at[site] if method.needs & _ATTENTION}:
+            needs = {need for method in self._at[site] if method.scope == scope for need in method.needs}
             for unit in self._units(call, scope):
                 row, visual, text = self._columns(call, unit)
-                valid = self._valid(call, plan, row, mask, columns)
-                seen = text_and_visual_mass(query[row], key[row, :, :columns], scaling, valid, text, visual)
-                call.attention[site, *unit] = (visual, *seen)
+                window = getattr(module, "sliding_window", None)
+                sees = partial(columns_seen, mask, row, columns, self._valid(call, plan, row), window)
+                shown = decoder_evidence(needs, query[row], key[row, :, :columns], scaling, sees, text, visual)
+                call.attention[site, *unit] = (self._positions(call, unit), shown)
 
     # -- dropping
 
@@ -214,7 +234,7 @@ class DecoderPart:
         before = [len(alive) for alive in call.alive]
         with call.frame.clock.section("select"):
             for method in self._at[site]:
-                self._select(call, method, site, hidden)
+                hidden = self._select(call, method, site, hidden)
         call.frame.pending.discard(site)
         if [len(alive) for alive in call.alive] == before:
             return hidden
@@ -227,25 +247,34 @@ class DecoderPart:
         columns = plan.index if earlier is None else plan.within(earlier, call.columns)
         call.cuttings.append(Cutting(site, plan, call.columns))
         if cache is not None:
-            setattr(cache, _PLANS, list(call.cuttings))
+            remember(cache, PLANS, list(call.cuttings))
         return sequence.take(hidden, columns, 1)
 
-    def _select(self, call: Call, method: Method, site: int, hidden: Tensor) -> None:
+    def _select(self, call: Call, method: Method, site: int, hidden: Tensor) -> Tensor:
+        """Let a method choose, and return the hidden states with what it merged in the places of what stays."""
         assert call.frame is not None and call.layout is not None
+        given = hidden
         units = [unit for unit in self._units(call, method.scope) if sum(len(call.alive[i]) for i in unit)]
         evidences = [self._evidence(call, method, site, unit, hidden) for unit in units]
         for unit, evidence, selection in zip(units, evidences, select_all(method, evidences, site), strict=True):
-            keep = selection.keep if selection.stay is None else selection.keep[selection.stay]
+            if selection.stay is not None:
+                stay = Selection(keep=selection.stay.nonzero()[:, 0])
+                selection = compose(dataclasses.replace(selection, stay=None), stay)
+            if selection.features is not None:
+                row, visual, _ = self._columns(call, unit)
+                hidden = hidden.clone() if hidden is given else hidden
+                hidden[row, visual[selection.keep]] = selection.features.to(hidden.dtype)
             start = 0
             for i in unit:
                 size = len(call.alive[i])
-                mine = keep - start if len(unit) == 1 else keep[(keep >= start) & (keep < start + size)] - start
-                self._record(call, method, site, i, mine, _part(selection, start, size))
-                call.alive[i] = call.alive[i][mine]
+                mine = selection if len(unit) == 1 else _part(selection, start, size)
+                self._record(call, method, site, i, mine)
+                call.alive[i] = call.alive[i][mine.keep]
                 start += size
             assert start == evidence.n
+        return hidden
 
-    def _record(self, call: Call, method: Method, site: int, index: int, keep: Tensor, selection: Selection) -> None:
+    def _record(self, call: Call, method: Method, site: int, index: int, selection: Selection) -> None:
         """Note what happened to one image, once however many beams repeat its row."""
         assert call.frame is not None and call.layout is not None
         span = call.layout.spans[index]
@@ -254,12 +283,12 @@ class DecoderPart:
             return
         seen = call.frame.images[span.source]
         alive = seen.origin[call.alive[index].to(seen.origin.device)]
-        kept = alive[keep.to(alive.device)]
+        kept = alive[selection.keep.to(alive.device)]
         seen.stages.append(Stage(site, method.name, alive, kept, selection))
 
     def _evidence(self, call: Call, method: Method, site: int, unit: Sequence[int], hidden: Tensor) -> Evidence:
         assert call.frame is not None and call.layout is not None
-        row, visual, _ = self._columns(call, unit)
+        row, visual, text = self._columns(call, unit)
         seen = [call.frame.images[call.layout.spans[i].source] for i in unit]
         first = seen[0].evidence
         rows = [s.evidence.features[call.alive[i]] for i, s in zip(unit, seen, strict=True)]
@@ -267,12 +296,19 @@ class DecoderPart:
         extra: dict[str, Any] = {}
         if "hidden" in method.needs:
             extra["hidden"] = hidden[row, visual]
+        if "text_hidden" in method.needs:
+            extra["text_hidden"] = hidden[row, text]
+        if "text" in method.needs:
+            assert call.embeds is not None
+            extra["text"] = call.embeds[row, call.layout.text_after(call.layout.spans[unit[0]]).to(hidden.device)]
         if "previous" in method.needs:
             extra["previous"] = call.previous[site][row, visual]
         if method.needs & _ATTENTION:
-            then, relevance, mass = call.attention[site, *unit]
-            still = torch.searchsorted(then, visual)  # an earlier method at this site may have dropped some
-            extra["relevance"], extra["text_mass"] = relevance[:, still], mass[still]
+            then, shown = call.attention[site, *unit]
+            still = torch.searchsorted(then, self._positions(call, unit))  # some may have left since
+            for name in method.needs & shown.keys():
+                of_text, pairs = name == "text_keys", name == "relevance"
+                extra[name] = shown[name] if of_text else shown[name].index_select(int(pairs), still)
         return Evidence(
             grid=first.grid,
             coordinates=torch.cat(where),
@@ -299,10 +335,8 @@ class DecoderPart:
     def _columns(self, call: Call, unit: Sequence[int]) -> tuple[int, Tensor, Tensor]:
         """Row of a unit, columns of its tokens, and of the prompt text after its first image, as they stand now."""
         assert call.layout is not None
-        spans = [call.layout.spans[i] for i in unit]
-        row, device = spans[0].row, call.alive[unit[0]].device
-        visual = torch.cat([s.positions.to(device)[call.alive[i]] for s, i in zip(spans, unit, strict=True)])
-        text = call.layout.text_after(spans[0]).to(device)
+        first, visual = call.layout.spans[unit[0]], self._positions(call, unit)
+        row, text = first.row, call.layout.text_after(first).to(visual.device)
         plan = self._plan(call)
         if plan is None:
             return row, visual, text
@@ -310,6 +344,12 @@ class DecoderPart:
         offset = 0 if plan.valid is None else plan.index.shape[1] - plan.valid[row].sum()
         visual, text = (both + offset).split([len(visual), len(text)])
         return row, visual, text
+
+    @staticmethod
+    def _positions(call: Call, unit: Sequence[int]) -> Tensor:
+        """Where the tokens of a unit that are alive stand in the prompt, rising."""
+        assert call.layout is not None
+        return torch.cat([call.layout.spans[i].positions.to(call.alive[i].device)[call.alive[i]] for i in unit])
 
     @staticmethod
     def _sorted(plan: Plan, row: int) -> Tensor:
@@ -321,14 +361,11 @@ class DecoderPart:
         return call.cuttings[-1].plan if call.cuttings else None
 
     @staticmethod
-    def _valid(call: Call, plan: Plan | None, row: int, mask: Any, columns: int) -> Tensor | None:
-        """Which columns hold real tokens; a static cache hands over a 4-D mask only, whose last row sees them all."""
+    def _valid(call: Call, plan: Plan | None, row: int) -> Tensor | None:
+        """Which columns hold real tokens, where the attention mask does not tell."""
         if plan is not None:
             return None if plan.valid is None else plan.valid[row]
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            last = mask[row % len(mask), 0, columns - 1, :columns]
-            return last if last.dtype == torch.bool else last == 0
-        return None if call.mask is None else call.mask[row, :columns].bool()
+        return None if call.mask is None else call.mask[row].bool()
 
     # -- what the layers get
 
@@ -341,30 +378,16 @@ class DecoderPart:
 
 
 def _part(selection: Selection, start: int, size: int) -> Selection:
-    """The part of a prompt's selection that speaks of one image; for the report."""
-    scores = selection.scores
-    return dataclasses.replace(selection, scores=None if scores is None else scores[start : start + size])
-
-
-def guard_gaps(decoder: nn.Module, layers: nn.ModuleList, attachment: Attachment) -> None:
-    """Keep transformers from taking gaps in the position ids for several prompts packed into one row.
-
-    Without a mask and a cache it would cut attention at each gap, and flash attention looks at them in every layer:
-    so there is always a mask, and the layers see no position ids (the rotary embeddings hold them already).
-    """
-    original = decoder.forward
-
-    @wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
-        if bare and kwargs.get("position_ids") is not None and kwargs.get("inputs_embeds") is not None:
-            embeds = kwargs["inputs_embeds"]
-            kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        return original(*args, **kwargs)
-
-    def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "position_ids": None}
-
-    attachment.wrap(decoder, "forward", forward)
-    for layer in layers:
-        attachment.add(layer.register_forward_pre_hook(hide, with_kwargs=True).remove)
+    """The part of a prompt's selection that speaks of one image, whose tokens begin at ``start``."""
+    here = ((selection.keep >= start) & (selection.keep < start + size)).nonzero()[:, 0]
+    scores, rows, into = selection.scores, selection.features, selection.merged_into
+    if into is not None:
+        into = into[start : start + size] - (selection.keep < start).sum()
+        into = into.masked_fill((into < 0) | (into >= len(here)), -1)
+    return dataclasses.replace(
+        selection,
+        keep=selection.keep[here] - start,
+        scores=None if scores is None else scores[start : start + size],
+        features=None if rows is None else rows[here],
+        merged_into=into,
+    )

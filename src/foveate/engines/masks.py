@@ -8,20 +8,52 @@ were; in decode steps by a mask made for this layer's own cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from foveate.engines import sequence
 from foveate.engines.sequence import Plan
+from foveate.errors import UnsupportedCall
 
 _BUILDERS: dict[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
+
+
+def layer_kinds(config: Any, depth: int) -> list[str]:
+    """Which tokens each decoder layer looks back at: all, a window of them, or what its state holds."""
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    kinds = getattr(config, "layer_types", None)
+    return list(kinds or ["sliding_attention" if windowed else "full_attention"] * depth)
+
+
+def columns_seen(
+    mask: Any, row: int, columns: int, valid: Tensor | None, window: int | None, positions: Int[Tensor, " r"]
+) -> Bool[Tensor, "r s"]:
+    """Return which columns some tokens of a prompt see in a layer that gets ``mask``.
+
+    Args:
+        mask: What the layer's kernel gets; without rows in it, the kernel is causal.
+        row: Of the batch.
+        columns: Tokens of the prompt, as they stand in this layer.
+        valid: Which of them are real; None: all.
+        window: How far back a causal kernel looks; None: to the start.
+        positions: Columns of the tokens that look.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        seen = mask[row % len(mask), 0, positions, :columns]
+        return seen if seen.dtype == torch.bool else seen == 0
+    place = torch.arange(columns, device=positions.device)
+    seen = place <= positions[:, None]
+    if window is not None:
+        seen = seen & (place > positions[:, None] - window)
+    return seen if valid is None else seen & valid[:columns]
 
 
 @dataclass(frozen=True)
@@ -33,14 +65,29 @@ class Cutting:
     length: int
 
 
+def for_rows(cuttings: list[Cutting], embeds: Tensor | None) -> list[Cutting]:
+    """Return the drops for a batch in which rows may be repeated in place, as some decoding loops do.
+
+    Raises:
+        UnsupportedCall: If some prompts go on and others do not.
+    """
+    rows = len(cuttings[0].plan.index)
+    if embeds is None or len(embeds) == rows:
+        return cuttings
+    if len(embeds) % rows:
+        raise UnsupportedCall(
+            f"the cache was filled by {rows} prompts, and {len(embeds)} go on from it",
+            "go on with every prompt, or start a new cache",
+        )
+    return [replace(c, plan=c.plan.expand(len(embeds) // rows)) for c in cuttings]
+
+
 class Masks:
     """Makes each mask once per call: ``memo`` is the call's."""
 
     def __init__(self, config: Any, depth: int) -> None:
         self._config = config
-        kinds = getattr(config, "layer_types", None)
-        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        self._kinds = list(kinds or ["sliding_attention" if windowed else "full_attention"] * depth)
+        self._kinds = layer_kinds(config, depth)
 
     def prefill(
         self, memo: dict[Any, Any], cutting: Cutting, hidden: Tensor, kwargs: Mapping[str, Any], index: int
@@ -53,6 +100,8 @@ class Masks:
             made: Any
             if isinstance(mask, Tensor) and mask.dim() == 4:
                 made = sequence.take_mask(mask, cutting.plan)
+                if cache is not None:
+                    made = _widened(made, int(cache.get_mask_sizes(hidden.shape[1], index)[0]))
             elif kind == "linear_attention":  # the 2-D mask, or None where nothing is padded
                 made = valid if mask is None or valid is None else valid.to(mask.device, mask.dtype)
             else:
@@ -66,7 +115,8 @@ class Masks:
         """Return the mask of a decode step in layer ``index``; ``mask`` is the 2-D one of all tokens so far, if any."""
         kind = self._kinds[index]
         if kind == "linear_attention":
-            return None  # its state carries all that is left
+            new = hidden.shape[1]  # its state carries all that is left; several new tokens may be padded
+            return None if mask is None or new == 1 else mask[:, -new:]
         key = ("decode", cutting.first, kind)
         if key not in memo:
             valid = cutting.plan.valid
@@ -76,7 +126,8 @@ class Masks:
                 if valid is None:
                     valid = torch.ones_like(cutting.plan.index, dtype=torch.bool)
                 if mask is None:
-                    total = int(cache.get_seq_length(index)) + hidden.shape[1]
+                    new = hidden.shape[1]  # a full static layer tells its whole size: what is empty yet, nobody sees
+                    total = int(cache.get_seq_length(index)) + new if windowed else sum(cache.get_mask_sizes(new, index))
                     tail = valid.new_ones(len(valid), total - valid.shape[1])
                 else:
                     tail = mask[:, cutting.length :].bool()
@@ -95,7 +146,13 @@ class Masks:
         where = torch.cat([cutting.plan.index.to(valid.device), late.expand(rows, -1)], 1)
         keys = int(cache.get_mask_sizes(hidden.shape[1], index)[0])
         key, query, seen = where[:, None, -keys:], where[:, -hidden.shape[1] :, None], valid[:, None, -keys:]
-        visible: Tensor = (seen & (key <= query) & (key > query - self._config.sliding_window))[:, None]
+        visible = _widened((seen & (key <= query) & (key > query - self._config.sliding_window))[:, None], keys)
         if self._config._attn_implementation == "sdpa":
             return visible
         return torch.zeros_like(visible, dtype=hidden.dtype).masked_fill(~visible, torch.finfo(hidden.dtype).min)
+
+
+def _widened(mask: Tensor, columns: int) -> Tensor:
+    """Hide the slots of a static window that are empty yet; all tokens before the drop may have filled it."""
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.nn.functional.pad(mask, (0, max(0, columns - mask.shape[-1])), value=hidden)

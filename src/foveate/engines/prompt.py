@@ -19,17 +19,27 @@ from torch import Tensor
 
 from foveate.core import Evidence, Method, Selection, compose
 from foveate.engines import sequence
-from foveate.engines.capture import EncoderCapture, Record
-from foveate.engines.cut import Cut, PromptFirst, Turn, shorten_lengths, with_mask, with_prompt
-from foveate.engines.sequence import Layout, Plan
+from foveate.engines.caches import PLANS, TURN, forget, remember
+from foveate.engines.capture import Record
+from foveate.engines.cut import (
+    Cut,
+    Kept,
+    PromptFirst,
+    Turn,
+    check_modes,
+    shift_positions,
+    shorten_lengths,
+    with_mask,
+    with_prompt,
+)
+from foveate.engines.encoded import Encoder
+from foveate.engines.masks import Cutting
+from foveate.engines.sequence import Layout
 from foveate.engines.state import Attachment, Clock, Frame, Frames, Seen, Stage, bind
+from foveate.engines.turns import Shortener
 from foveate.errors import NothingCompressed, UnsupportedCall
 from foveate.families import Family, Picture
 from foveate.selection import select_all
-
-#: Arguments with one entry per token of the prompt.
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
-_TURN = "_foveate_turn"
 
 
 class PromptPart:
@@ -50,7 +60,8 @@ class PromptPart:
         self._inner_sites, self._positions = inner_sites, positions
         self._frames, self._finished = frames, finished
         self._depth = len(family.layers(model))
-        self._capture = EncoderCapture(model, family, methods, attachment)
+        self.encoder = Encoder(model, family, methods, frames, attachment)
+        self._shortener = Shortener(model, family, positions)
         self._generate_signature = inspect.signature(model.generate)
         attachment.wrap(model, "generate", self._wrap_generate(model.generate))
         attachment.wrap(model, "_expand_multimodal_outputs", self._wrap_expand(model._expand_multimodal_outputs))
@@ -66,7 +77,13 @@ class PromptPart:
             arguments = bind(self._generate_signature, args, kwargs)
             if "inputs" in arguments:
                 arguments["input_ids"] = arguments.pop("inputs")
-            cut = None if self._frames.inside else self.cut(with_mask(arguments, self._model.generation_config))
+            cut = None
+            if not self._frames.inside:
+                config = self._model.generation_config
+                with self.encoder.ordered():
+                    if self._media(arguments):
+                        check_modes(arguments, config)
+                    cut = self.cut(with_mask(arguments, config))
             if cut is None:
                 with self._frames.entered(None):
                     return original(**arguments)
@@ -87,11 +104,13 @@ class PromptPart:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._frames.inside:
                 return original(*args, **kwargs)
-            cut = self.cut(bind(signature, args, kwargs))
+            first = self._family.first_position
+            with self.encoder.ordered():
+                cut = self.cut(shift_positions(bind(signature, args, kwargs), -first))
             with self._frames.entered(None if cut is None else cut.frame):
                 if cut is None:
                     return original(*args, **kwargs)
-                output = original(**cut.arguments)
+                output = original(**shift_positions(cut.arguments, first))
             self._close(cut, output)
             return output
 
@@ -136,7 +155,7 @@ class PromptPart:
             parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
             cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if cut.turn is not None and cache is not None:
-            setattr(cache, _TURN, cut.turn)
+            remember(cache, TURN, cut.turn, shorter=cut.turn.kept is not None)
 
     # -- the cut
 
@@ -146,46 +165,59 @@ class PromptPart:
         Raises:
             UnsupportedCall: If the call asks for something that compression cannot honour.
         """
-        media = [m for m, name in self._family.media_arguments.items() if arguments.get(name) is not None]
-        cache = arguments.get("past_key_values")
+        arguments = {self._family.former_names.get(name, name): value for name, value in arguments.items()}
+        media, cache = self._media(arguments), arguments.get("past_key_values")
         filled = cache is not None and int(cache.get_seq_length()) > 0
-        if not filled and hasattr(cache, _TURN):
-            delattr(cache, _TURN)  # the cache was reset
-        turn = getattr(cache, _TURN, None)
+        if cache is not None and not filled:
+            forget(cache)
+        self._check_plans(getattr(cache, PLANS, ()))
+        turn = getattr(cache, TURN, None)
         if turn is not None:
-            return self._next_turn(arguments, turn)
+            return self._shortener.later(arguments, turn)
         ready = arguments.get("mm_encoder_outputs") or {}
         if any(output is not None for output in ready.values()):
             raise UnsupportedCall(
                 "ready-made `mm_encoder_outputs` were passed, which show nothing of the encoder",
                 "pass pixel_values, or leave the `with` block for this call",
             )
+        ids = arguments.get("input_ids")
+        if arguments.get("inputs_embeds") is not None and (media or ids is None or self._shortener.visual(ids)):
+            raise UnsupportedCall(
+                "`inputs_embeds` hide where the visual tokens are, and whether there are any",
+                "pass input_ids and pixel_values; for text alone, input_ids or a call outside the `with` block",
+            )
         if not media:
             return None
-        if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
-            raise UnsupportedCall("`inputs_embeds` hide where the visual tokens are", "pass input_ids and pixel_values")
-        if cache is not None and filled:
-            if self._new_visual_tokens(arguments["input_ids"], int(cache.get_seq_length()) + 1):
-                raise UnsupportedCall(
-                    "a picture was passed with a cache that is not empty", "start a new cache for a new picture"
-                )
-            return None
+        if ids is None:
+            raise UnsupportedCall("pictures were passed without a prompt", "pass input_ids with pixel_values")
+        if filled:
+            raise UnsupportedCall(
+                "a picture was passed with a cache that is not empty, and that was filled without it",
+                "start a new cache, and pass the whole conversation with all its pictures",
+            )
+        return self._first_turn(arguments, media)
+
+    def _media(self, arguments: Mapping[str, Any]) -> list[str]:
+        """The modalities that a call brings."""
+        given = {self._family.former_names.get(name, name) for name, value in arguments.items() if value is not None}
+        return [modality for modality, name in self._family.media_arguments.items() if name in given]
+
+    def _check_plans(self, plans: Sequence[Cutting]) -> None:
+        """Refuse a cache in which layers are shorter than this handle knows to treat."""
+        if plans and min(plan.first for plan in plans) < min(self._inner_sites, default=self._depth):
+            raise UnsupportedCall(
+                f"tokens left this cache before layers {sorted({plan.first for plan in plans})}, and the method here "
+                f"acts {f'before layers {sorted(self._inner_sites)}' if self._inner_sites else 'before the LLM alone'}",
+                "go on with the method that filled the cache, or start a new cache",
+            )
+
+    def _first_turn(self, arguments: Mapping[str, Any], media: Sequence[str]) -> Cut:
         if arguments.get("labels") is not None:
             raise UnsupportedCall(
                 "`labels` have one entry per token of the full prompt, and the compressed prompt is shorter",
                 "compute the loss without compression, or from the returned logits of the answer",
             )
-        return self._first_turn(arguments, media)
-
-    def _first_turn(self, arguments: Mapping[str, Any], media: Sequence[str]) -> Cut:
-        ids = arguments["input_ids"]
-        mask = arguments.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        if mask.shape != ids.shape:
-            raise UnsupportedCall(
-                f"an attention_mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}",
-                "pass the 2-D mask that the processor gives",
-            )
+        ids, mask = arguments["input_ids"], self._mask(arguments)
         clock = Clock(ids.device)
         outputs, pictures, records, taken = self._encode(arguments, media, clock)
         layout = sequence.find(
@@ -205,7 +237,7 @@ class PromptPart:
             for modality, output in outputs.items()
         }
         if whole:
-            return Cut(rest, ids, frame, None)
+            return Cut(rest, ids, frame, Turn(ids, None) if images else None)
         frame.layout, plan = layout.shortened(keeps)
         if self._positions == "original" and bool((plan.index[:, -1] < ids.shape[1] - 1).any()):
             raise UnsupportedCall(
@@ -213,94 +245,9 @@ class PromptPart:
                 'end the prompt with text, or choose positions="packed"',
             )
         plan = plan.to(ids.device)
-        rest.update(self._short(rest, ids, mask, plan))
-        rest["position_ids"] = positions = self._positions_of(arguments, rest, mask, plan)
-        return Cut(rest, ids, frame, Turn(ids, plan, positions))
-
-    def _next_turn(self, arguments: Mapping[str, Any], turn: Turn) -> Cut | None:
-        """The pictures are in the cache already: cut the same positions again."""
-        ids, seen = arguments.get("input_ids"), turn.ids.shape[1]
-        mask = arguments.get("attention_mask")
-        rest = {n: v for n, v in arguments.items() if n not in self._family.media_arguments.values()}
-        if ids is None:
-            raise UnsupportedCall(
-                "a later turn needs `input_ids`, to tell what is in the cache already", "pass input_ids"
-            )
-        if len(ids) % len(turn.ids):
-            raise UnsupportedCall(
-                f"the cache holds {len(turn.ids)} prompts, this call brings {len(ids)}", "start a new cache"
-            )
-        turn = turn.expand(len(ids))
-        if ids.shape[1] < seen or (mask is not None and mask.shape[1] > ids.shape[1]):
-            return self._next_tokens(rest, ids, mask, turn)
-        if not torch.equal(ids[:, :seen].to(turn.ids.device), turn.ids):
-            raise UnsupportedCall(
-                "the prompt does not begin with the one in the cache",
-                "pass the whole conversation, beginning with the first prompt as it was, or start a new cache",
-            )
-        read = int(arguments["past_key_values"].get_seq_length()) - turn.plan.index.shape[1]
-        if self._new_visual_tokens(ids, seen + read + 1):  # what was generated is text, whatever its id
-            raise UnsupportedCall("a picture was added to a cache that is not empty", "start a new cache for it")
-        mask = torch.ones_like(ids) if mask is None else mask
-        tail = torch.arange(seen, ids.shape[1], device=ids.device).expand(len(ids), -1)
-        valid = turn.plan.valid
-        plan = Plan(
-            torch.cat([turn.plan.index, tail], 1),
-            None if valid is None else torch.cat([valid, torch.ones_like(tail, dtype=torch.bool)], 1),
-        )
-        rest.update(self._short(rest, ids, mask, plan))
-        if arguments.get("position_ids") is not None:
-            rest["position_ids"] = self._positions_of(arguments, rest, mask, plan)
-        else:
-            after = turn.positions[..., -1:] + mask[:, seen:].long().cumsum(-1)
-            rest["position_ids"] = torch.cat([turn.positions, after], -1)
-        return Cut(rest, ids, None, turn)
-
-    def _next_tokens(self, rest: dict[str, Any], ids: Tensor, mask: Tensor | None, turn: Turn) -> Cut | None:
-        """Only new tokens, as a decoding loop of one's own passes them: shorten what speaks of the whole prompt."""
-        if mask is not None and mask.shape[1] >= turn.ids.shape[1] + ids.shape[1]:
-            seen = turn.ids.shape[1]
-            head = sequence.take(mask[:, :seen], turn.plan.index, 1)
-            if turn.plan.valid is not None:
-                head = head * turn.plan.valid.to(head.dtype)
-            rest["attention_mask"] = mask = torch.cat([head, mask[:, seen:]], 1)
-            if rest.get("position_ids") is None:
-                after = turn.positions[..., -1:] + mask[:, turn.plan.index.shape[1] :].long().cumsum(-1)
-                rest["position_ids"] = after[..., -ids.shape[1] :]
-        elif self._positions == "original" and rest.get("position_ids") is None:
-            raise UnsupportedCall(
-                "original positions cannot be continued without the attention_mask of all tokens",
-                "pass the mask of the whole prompt and of everything after it, as without compression",
-            )
-        return Cut(rest, ids, None, turn)
-
-    def _short(self, arguments: Mapping[str, Any], ids: Tensor, mask: Tensor, plan: Plan) -> dict[str, Any]:
-        """Return everything that has one entry per token of the prompt, cut by the plan."""
-        config = self._model.config.get_text_config()
-        short = sequence.take(ids, plan.index, 1)
-        new_mask = sequence.take(mask, plan.index, 1)
-        if plan.valid is not None:
-            short = short.masked_fill(~plan.valid, config.pad_token_id or 0)
-            new_mask = new_mask * plan.valid.to(new_mask.dtype)
-        out: dict[str, Any] = {"input_ids": short, "attention_mask": new_mask}
-        for name in PER_TOKEN:
-            if arguments.get(name) is not None:
-                out[name] = sequence.take(arguments[name], plan.index, 1)
-        return out
-
-    def _positions_of(self, arguments: Mapping[str, Any], short: Mapping[str, Any], mask: Tensor, plan: Plan) -> Tensor:
-        """Positions of the tokens that stay; counted alike by both doors: one goes on where the other stopped."""
-        given = arguments.get("position_ids")
-        if self._positions == "original":
-            if given is None:
-                given = self._family.position_ids(self._model, arguments["input_ids"], mask, arguments)
-            return sequence.take(given, plan.index, given.dim() - 1)
-        if given is not None:
-            raise UnsupportedCall(
-                "`position_ids` were passed, and this method renumbers the tokens that stay",
-                'leave them out, or choose positions="original"',
-            )
-        return self._family.position_ids(self._model, short["input_ids"], short["attention_mask"], {})
+        rest.update(self._shortener.short(rest, ids, mask, plan))
+        rest["position_ids"], last = self._shortener.positions(arguments, rest, mask, plan)
+        return Cut(rest, ids, frame, Turn(ids, Kept(plan, rest["position_ids"], last)))
 
     # -- evidence and selection
 
@@ -308,13 +255,8 @@ class PromptPart:
         self, arguments: Mapping[str, Any], media: Sequence[str], clock: Clock
     ) -> tuple[dict[str, Any], dict[str, list[Picture]], dict[str, Record], set[str]]:
         """Run the encoder once; return by modality what it gave, its pictures, what it showed, and what it took."""
-        outputs, pictures, records, taken = {}, {}, {}, set[str]()
-        for modality in media:
-            recording = self._capture.recording(modality, arguments)
-            with recording as record, self._frames.entered(None), clock.section("encode"):
-                output, used = self._family.encode(self._model, modality, arguments)
-            pictures[modality] = list(self._family.pictures(self._model, modality, output, arguments))
-            outputs[modality], records[modality], taken = output, record, taken | used
+        outputs, records, taken = self.encoder.run(arguments, media, clock)
+        pictures = {m: list(self._family.pictures(self._model, m, out, arguments)) for m, out in outputs.items()}
         return outputs, pictures, records, taken
 
     def _see(self, layout: Layout, ids: Tensor, pictures: Mapping[str, list[Picture]]) -> list[Seen]:
@@ -373,6 +315,14 @@ class PromptPart:
             seen.evidence = dataclasses.replace(seen.evidence, total=len(seen.origin))
         return done
 
-    def _new_visual_tokens(self, ids: Tensor, start: int) -> bool:
-        visual = [self._family.token_id(self._model, modality) for modality in self._family.media_arguments]
-        return bool(torch.isin(ids[:, start:], torch.tensor(visual, device=ids.device)).any())
+    def _mask(self, arguments: Mapping[str, Any]) -> Tensor:
+        """The 2-D mask of the prompts."""
+        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if mask.shape != ids.shape:
+            raise UnsupportedCall(
+                f"an attention_mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}",
+                "pass the 2-D mask that the processor gives",
+            )
+        assert isinstance(mask, Tensor)
+        return mask

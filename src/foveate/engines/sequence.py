@@ -113,6 +113,11 @@ class Plan:
     def to(self, device: torch.device) -> Plan:
         return Plan(self.index.to(device), None if self.valid is None else self.valid.to(device))
 
+    def expand(self, times: int) -> Plan:
+        """Return the plan of a batch in which every row is repeated in place."""
+        valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
+        return Plan(self.index.repeat_interleave(times, 0), valid)
+
     def within(self, earlier: Plan, length: int) -> Int[Tensor, "b s"]:
         """Return this plan's indices as columns of what an earlier, longer plan of the same prompt left."""
         columns = torch.arange(earlier.index.shape[1], device=earlier.index.device).expand_as(earlier.index)

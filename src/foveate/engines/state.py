@@ -7,13 +7,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.core import Evidence, Selection
+from foveate.engines.masks import layer_kinds
 from foveate.engines.sequence import Layout
+from foveate.errors import UnsupportedCall
 from foveate.families import Picture
 from foveate.report import ImageReport, Report, StageReport
 
@@ -118,8 +121,9 @@ class Frame:
         rows = [seen.row for seen in self.images]
         images = tuple(_image_report(rows[:i].count(seen.row), seen, layers) for i, seen in enumerate(self.images))
         staying = [len(row) for row in self.layout.staying]
-        per_token = _kv_bytes_per_token(model)
-        after = sum(sum(image.alive) for image in images)
+        per_token = kv_bytes_per_token(model)
+        holds = [kind != "linear_attention" for kind in layer_kinds(model.config.get_text_config(), layers)]
+        after = sum(sum(compress(image.alive, holds)) for image in images)
         alive_at_0 = [sum(image.alive[0] for image in images if image.row == row) for row in range(self.layout.batch)]
         return Report(
             method=method,
@@ -128,8 +132,8 @@ class Frame:
             images=images,
             prompt_tokens=self.prompt_tokens,
             prompt_tokens_after=tuple(text + alive for text, alive in zip(staying, alive_at_0, strict=True)),
-            kv_bytes_before=per_token * layers * sum(self.prompt_tokens),
-            kv_bytes_after=per_token * (layers * sum(staying) + after),
+            kv_bytes_before=per_token * sum(holds) * sum(self.prompt_tokens),
+            kv_bytes_after=per_token * (sum(holds) * sum(staying) + after),
             encode_ms=self.clock.ms("encode"),
             select_ms=self.clock.ms("select"),
             prefill_ms=self.clock.ms("prefill"),
@@ -185,12 +189,36 @@ def _stage_report(stage: Stage) -> StageReport:
     )
 
 
-def _kv_bytes_per_token(model: Any) -> int:
-    """Bytes of keys and values that one token takes in one decoder layer."""
+def kv_bytes_per_token(model: Any) -> int:
+    """Bytes of keys and values that one token takes in one decoder layer that holds them."""
     config = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None):  # both are kept in one short row, from which they are made
+        return int((config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * heads * width * model.dtype.itemsize)
+
+
+class _Watch(threading.local):
+    depth = 0
+
+
+_WATCH = _Watch()
+
+
+def attended() -> bool:
+    """Whether this thread is in a call that goes through a handle."""
+    return _WATCH.depth > 0
+
+
+@contextmanager
+def attending() -> Iterator[None]:
+    """Mark what runs now as a call that goes through a handle."""
+    _WATCH.depth += 1
+    try:
+        yield
+    finally:
+        _WATCH.depth -= 1
 
 
 class Frames:
@@ -218,7 +246,8 @@ class Frames:
     def entered(self, frame: Frame | None) -> Iterator[None]:
         self._stack.append(frame)
         try:
-            yield
+            with attending():
+                yield
         finally:
             self._stack.pop()
 
@@ -241,6 +270,9 @@ class Attachment:
                 setattr(module, name, before)
 
         self._undo.append(undo)
+        if "__deepcopy__" not in module.__dict__:
+            module.__dict__["__deepcopy__"] = _no_copy
+            self._undo.append(lambda: module.__dict__.pop("__deepcopy__"))
 
     def add(self, undo: Any) -> None:
         """Remember a function that undoes something."""
@@ -250,6 +282,13 @@ class Attachment:
         """Undo everything, last first; a second time does nothing."""
         while self._undo:
             self._undo.pop()()
+
+
+def _no_copy(memo: Any) -> Any:
+    raise UnsupportedCall(
+        "a compressed model cannot be copied: the copy would call what is wrapped around this one",
+        "copy it before foveate.compress, or after handle.remove()",
+    )
 
 
 def bind(signature: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ masks that hide each dropped token from the layer where it left. The logits of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from foveate import registry
-from foveate.core import Method
+from foveate.core import Method, Selection
 from foveate.engines import sequence
 from foveate.engines.base import compress
-from foveate.engines.prompt import PER_TOKEN
+from foveate.engines.masks import layer_kinds
 from foveate.engines.state import Frame
-from foveate.errors import UnsupportedCall, UnsupportedMethod
-from foveate.families import Family, Picture, family_of
+from foveate.engines.turns import PER_TOKEN
+from foveate.errors import UnsupportedCall, UnsupportedMethod, UnsupportedModel
+from foveate.families import CrossFamily, Family, Picture, family_of
 
 #: Largest logit difference that rounding explains, by dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-1, torch.bfloat16: 5e-1}
@@ -77,6 +79,7 @@ def verify(
         The largest logit difference and whether rounding explains it.
 
     Raises:
+        UnsupportedModel: If it has recurrent layers: no mask hides a token from their state.
         UnsupportedMethod: If the method reads a row twice, which masking cannot imitate.
         UnsupportedCall: If the attention implementation takes no explicit masks, or there is no picture.
     """
@@ -85,6 +88,11 @@ def verify(
         raise UnsupportedCall(
             f"explicit masks need sdpa or eager attention, got {model.config._attn_implementation!r}",
             'load the model with attn_implementation="sdpa"',
+        )
+    if "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or []):
+        raise UnsupportedModel(
+            f"{family.name} has recurrent layers, which read hidden tokens too: masking cannot imitate dropping",
+            "`foveate families` shows how its results compare when tokens are cut off layer by layer instead",
         )
     inputs = dict(random_inputs(model, family) if inputs is None else inputs)
     options: dict[str, Any] = {
@@ -102,10 +110,14 @@ def verify(
     if frame is None:
         raise UnsupportedCall("there is no picture in the inputs", "pass what the processor gives, with pixel_values")
     if any(stage.selection.repeats for seen in frame.images for stage in seen.stages):
-        raise UnsupportedMethod(f"`{registry.to_spec(built)}` reads rows twice, which masking cannot imitate")
-    if "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or []):
-        raise UnsupportedMethod("a recurrent layer reads hidden tokens too, so that masking cannot imitate dropping")
-    reference = masked_logits(model, family, inputs, frame, output.sequences, handle.positions == "packed")
+        raise UnsupportedMethod(
+            f"`{registry.to_spec(built)}` reads rows twice, which masking cannot imitate",
+            "verify the method without its released defect: compat=false",
+        )
+    if isinstance(family, CrossFamily):
+        reference = _across_logits(model, family, inputs, frame, output.sequences)
+    else:
+        reference = masked_logits(model, family, inputs, frame, output.sequences, handle.positions == "packed")
     start = inputs["input_ids"].shape[1] - 1
     logits = torch.stack(output.logits, 1).to(reference.device)
     plain = model(**inputs, logits_to_keep=1).logits[:, -1]
@@ -124,6 +136,7 @@ def masked_logits(
     model: Any, family: Family, inputs: Mapping[str, Any], frame: Frame, sequences: Tensor, packed: bool
 ) -> Tensor:
     """Return the logits of full sequences in which dropped tokens are only hidden, layer by layer."""
+    inputs = {family.former_names.get(name, name): value for name, value in inputs.items()}
     ids, device = inputs["input_ids"], sequences.device
     full, length = sequences[:, :-1], ids.shape[1]
     batch, total = full.shape
@@ -139,18 +152,28 @@ def masked_logits(
         {m: [picture.visual for picture in each] for m, each in pictures.items()},
     )
     layers = family.layers(model)
-    alive, each = real.clone(), []
+    alive, each, merged = real.clone(), [], []
     for layer in range(len(layers)):
-        alive = alive.clone()
+        alive, rows = alive.clone(), []
         for seen, span in zip(frame.images, layout.spans, strict=True):
             for stage in seen.stages:
                 if stage.site == layer:
                     alive[span.row, span.positions.to(device)] = False
                     alive[span.row, span.positions.to(device)[stage.kept]] = True
+                    if layer and stage.selection.features is not None:
+                        rows.append((span.row, span.positions.to(device)[stage.kept], stage.selection))
         each.append(alive)
+        merged.append(rows)
+    text = model.config.get_text_config()
+    near = _windows(text, each[0])
     hooks = [
-        layer.register_forward_pre_hook(_hide(alive), with_kwargs=True)
-        for layer, alive in zip(layers, each, strict=True)
+        layer.register_forward_pre_hook(_hide(alive, near if kind == "sliding_attention" else None), with_kwargs=True)
+        for layer, alive, kind in zip(layers, each, layer_kinds(text, len(layers)), strict=True)
+    ]
+    hooks += [
+        layer.register_forward_pre_hook(_merge(rows), with_kwargs=True)
+        for layer, rows in zip(layers, merged, strict=True)
+        if rows
     ]
     tail = torch.ones_like(full[:, length:])
     if packed:
@@ -159,20 +182,73 @@ def masked_logits(
         before = family.position_ids(model, ids, mask, inputs)
         positions = torch.cat([before, before[..., -1:] + tail.cumsum(-1)], -1)
     types = {
-        name: torch.cat([inputs[name], torch.zeros_like(tail)], 1) for name in PER_TOKEN if inputs.get(name) is not None
+        name: torch.cat([inputs[name], tail * family.answer_type], 1)
+        for name in PER_TOKEN
+        if inputs.get(name) is not None
     }
     try:
-        logits = model(
-            input_ids=full,
-            attention_mask=real.long(),
-            position_ids=positions,
-            mm_encoder_outputs={m: _full_rows(family, output, pictures[m], frame, m) for m, output in outputs.items()},
-            use_cache=False,
-            **types,
-        ).logits
+        with _endless_windows(text, family.decoder(model).config):
+            logits = model(
+                input_ids=full,
+                attention_mask=real.long(),
+                position_ids=positions + family.first_position,
+                mm_encoder_outputs={
+                    m: _full_rows(family, output, pictures[m], frame, m) for m, output in outputs.items()
+                },
+                use_cache=False,
+                **types,
+            ).logits
     finally:
         for hook in hooks:
             hook.remove()
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _across_logits(
+    model: Any, family: CrossFamily, inputs: Mapping[str, Any], frame: Frame, sequences: Tensor
+) -> Tensor:
+    """The same where text looks across at the pictures: all rows are there, and those that left are only hidden.
+
+    A prompt without pictures looks at zeros: they add nothing to it, which is how it is read alone.
+    """
+    states, full = family.encode(model, "image", inputs)[0], sequences[:, :-1]
+    alive = torch.zeros(states.shape[:3], dtype=torch.bool, device=states.device)
+    slots = family.slots(inputs).tolist()
+    for seen in frame.images:
+        slot, picture = tuple(slots[seen.number]), seen.picture
+        assert picture.visual is not None
+        visual = picture.visual.to(states.device)[seen.origin]
+        alive[slot][visual] = alive[slot][picture.fixed.to(states.device)] = True
+        states[slot][visual] = seen.evidence.features.to(states)
+    if any(len(seen.origin) < seen.tokens for seen in frame.images):
+        states = states * alive.any(2).any(1)[:, None, None, None]
+    else:
+        alive[:] = True
+    new = full.shape[1] - inputs["input_ids"].shape[1]
+    given = inputs.get("attention_mask")
+    mask = torch.ones_like(inputs["input_ids"]) if given is None else given
+    mask = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
+    sights = inputs["cross_attention_mask"]
+    sights = torch.cat([sights, sights[:, -1:].expand(-1, new, -1, -1)], 1)
+
+    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        seen = kwargs["cross_attention_mask"]
+        dark = ~alive.flatten(1)[:, None, None].to(seen.device)
+        return args, {**kwargs, "cross_attention_mask": seen.masked_fill(dark, torch.finfo(seen.dtype).min)}
+
+    hook = family.decoder(model).register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        logits = model(
+            input_ids=full,
+            attention_mask=mask,
+            position_ids=family.position_ids(model, full, mask, {}),
+            cross_attention_states=states.flatten(1, 2),
+            cross_attention_mask=sights,
+            use_cache=False,
+        ).logits
+    finally:
+        hook.remove()
     assert isinstance(logits, Tensor)
     return logits
 
@@ -195,17 +271,57 @@ def _full_rows(family: Family, output: Any, pictures: list[Picture], frame: Fram
     return family.with_rows(output, rows, levels)
 
 
-def _hide(alive: Tensor) -> Any:
-    """A hook that hides dead columns in the mask that the model made for a layer."""
+@contextmanager
+def _endless_windows(*configs: Any) -> Iterator[None]:
+    """Let the model make its masks without windows: it would count tokens that left before the LLM."""
+    before = [(config, config.sliding_window) for config in configs if getattr(config, "sliding_window", None)]
+    for config, _ in before:
+        config.sliding_window = 1 << 30
+    try:
+        yield
+    finally:
+        for config, window in before:
+            config.sliding_window = window
+
+
+def _windows(config: Any, entered: Tensor) -> Tensor | None:
+    """Which columns are within each row's window, [b, 1, s, s]; what is counted are tokens that entered the LLM."""
+    if not getattr(config, "sliding_window", None):
+        return None
+    count, window = entered.cumsum(1), int(config.sliding_window)
+    return (count[:, None, :] > count[:, :, None] - window)[:, None]
+
+
+def _hide(alive: Tensor, near: Tensor | None) -> Any:
+    """A hook that hides dead and distant columns in the mask that the model made for a layer."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mask, n = kwargs["attention_mask"], alive.shape[1]
         if mask is None:
             mask = torch.ones(n, n, dtype=torch.bool, device=alive.device).tril()[None, None]
         visible = (mask if mask.dtype == torch.bool else mask == 0) & alive[:, None, None].to(mask.device)
+        if near is not None:
+            visible = visible & near.to(mask.device)
         visible = visible | (torch.eye(n, dtype=torch.bool, device=mask.device) & ~visible.any(-1, keepdim=True))
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
         return args, {**kwargs, "attention_mask": torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)}
+
+    return hook
+
+
+def _merge(rows: list[tuple[int, Tensor, Selection]]) -> Any:
+    """A hook that puts what a method merged into the places of the tokens that carry it on; others stay as they are."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        hidden = given.clone()
+        for row, positions, selection in rows:
+            assert selection.features is not None
+            several = torch.ones_like(selection.keep, dtype=torch.bool)
+            if (into := selection.merged_into) is not None:
+                several = torch.bincount(into[into >= 0], minlength=len(positions)) > 1
+            hidden[row, positions[several]] = selection.features[several].to(hidden.dtype)
+        return (hidden, *rest), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
     return hook
 
@@ -226,4 +342,5 @@ def random_inputs(model: Any, family: Family, seed: int = 0) -> dict[str, Any]:
     pad = text.pad_token_id or 0
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    media = family.lay_out(model, media, ids)
     return {"input_ids": ids, "attention_mask": mask, **media, **family.token_types(model, ids)}

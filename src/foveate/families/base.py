@@ -17,7 +17,15 @@ from foveate.errors import UnsupportedModel
 from foveate.families.picture import Picture
 
 #: Vision towers whose encoder evidence is understood, and whether their first row is a CLS token.
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+TOWERS = {
+    "clip_vision_model": True,
+    "gemma4_vision": False,
+    "idefics3_vision": False,
+    "internvl_vision": True,
+    "pixtral": False,
+    "siglip_vision_model": False,
+    "smolvlm_vision": False,
+}
 
 #: What a decoder layer may take besides the hidden states; anything else could be one row per token.
 LAYER_ARGUMENTS = frozenset(
@@ -25,6 +33,9 @@ LAYER_ARGUMENTS = frozenset(
 )
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "linear_attention"})
+
+#: What to do where tokens cannot leave inside the LLM.
+BEFORE_THE_LLM = "use a method that selects before the LLM: evocut, adav, todre:keep=0.1,exit=none"
 
 
 class Family:
@@ -36,7 +47,12 @@ class Family:
         modalities: What it compresses.
         positions: Position policies that are legal; the first is the default where a method has no opinion.
         media_arguments: Names under which pixels are passed, by modality.
+        former_names: Older names of arguments, with those of today.
         row_arguments: Arguments of a decoder layer with one row per token, which leave with the tokens.
+        other_arguments: Those that this family's layers take besides, and that say nothing of single tokens.
+        first_position: What ``generate`` adds to its positions, which count from 0, before it calls ``forward``.
+        answer_type: What token types call the tokens of an answer.
+        causal: Whether nothing in a prompt sees what comes after it; else an image, or all of it, may.
     """
 
     name: ClassVar[str]
@@ -44,7 +60,16 @@ class Family:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     positions: ClassVar[tuple[str, ...]] = ("original", "packed")
     media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values"}
+    former_names: ClassVar[Mapping[str, str]] = {}
     row_arguments: ClassVar[frozenset[str]] = frozenset()
+    other_arguments: ClassVar[frozenset[str]] = frozenset()
+    first_position: ClassVar[int] = 0
+    answer_type: ClassVar[int] = 0
+    causal: ClassVar[bool] = True
+
+    def variant(self, model: Any) -> Family:
+        """The family that serves a model of these types: this one, unless its encoder is another one's."""
+        return self
 
     # -- where the parts are
 
@@ -66,9 +91,17 @@ class Family:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    def reading_layers(self, model: Any) -> int:
+        """In how many decoder layers visual tokens have keys and values."""
+        return len(self.layers(model))
+
     def first_site(self, model: Any) -> int:
-        """The first decoder layer before which tokens may leave inside the LLM."""
-        return 1
+        """The first decoder layer before which tokens may leave inside the LLM.
+
+        A cache counts its tokens in the first layer that holds keys, which has to see them all.
+        """
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+        return 1 + next((i for i, kind in enumerate(kinds) if kind != "linear_attention"), 0)
 
     def tower(self, model: nn.Module, modality: str) -> nn.Module:
         """The vision encoder."""
@@ -90,7 +123,7 @@ class Family:
     def feature_layer(self, model: Any) -> int:
         """Index of the encoder layer whose output the LLM reads."""
         depth = len(self.encoder_layers(model, self.modalities[0]))
-        selected = model.config.vision_feature_layer
+        selected = getattr(model.config, "vision_feature_layer", -1)
         hidden_state = max(s % (depth + 1) for s in (selected if isinstance(selected, list | tuple) else [selected]))
         return int(hidden_state) - 1
 
@@ -102,6 +135,10 @@ class Family:
     def has_cls(self, model: Any) -> bool:
         """Whether row 0 of the encoder is a CLS token."""
         return TOWERS[self.tower_type(model)]
+
+    def stretches(self, model: Any) -> int:
+        """In how many equal stretches an encoder forward falls, each of which begins with a CLS token of its own."""
+        return 1
 
     def provides(self, model: Any) -> frozenset[str]:
         """The evidence this model can give."""
@@ -126,14 +163,20 @@ class Family:
         if strange:
             raise UnsupportedModel(
                 f"tokens cannot leave between layers of type {', '.join(sorted(strange))} in {text.model_type}",
-                "use a method that selects before the LLM: evocut, adav, todre:keep=0.1,exit=none",
+                BEFORE_THE_LLM,
+            )
+        if not self.causal and text._attn_implementation == "flex_attention":
+            raise UnsupportedModel(
+                f"flex attention hides from view what each token of {self.name} sees",
+                'load the model with attn_implementation="sdpa"',
             )
         layer = type(self.layers(model)[0])
-        unknown = set(inspect.signature(layer.forward).parameters) - LAYER_ARGUMENTS - self.row_arguments - {"self"}
+        known = LAYER_ARGUMENTS | self.row_arguments | self.other_arguments | {"self"}
+        unknown = set(inspect.signature(layer.forward).parameters) - known
         if unknown:
             raise UnsupportedModel(
                 f"{layer.__name__} takes {', '.join(sorted(unknown))}, which may be one row per token",
-                "use a method that selects before the LLM: evocut, adav, todre:keep=0.1,exit=none",
+                BEFORE_THE_LLM,
             )
 
     # -- from pixels to tokens
@@ -156,9 +199,14 @@ class Family:
         """Encoder states without CLS: [forwards, patches, ...], or [patches, ...] where forwards are packed."""
         return states[:, 1:] if self.has_cls(model) else states
 
+    def real(self, model: nn.Module, modality: str, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Which rows of each forward are patches, [forwards, rows]; the others fill it up. None: all are."""
+        return None
+
     def segments(self, model: nn.Module, modality: str, arguments: Mapping[str, Any], states: Tensor) -> list[int]:
         """Sizes of the forwards (image, crop, frame) that are packed into one: patches that see each other."""
-        return [len(states)]
+        real = self.real(model, modality, arguments)
+        return [len(states)] if real is None else [int(n) for n in real.sum(1)]
 
     def pictures(self, model: nn.Module, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[Picture]:
         """What the LLM reads of each image (or video), in the order of the prompts' placeholders."""
@@ -172,12 +220,15 @@ class Family:
     def with_rows(self, output: Any, rows: Sequence[Tensor], levels: Sequence[Sequence[Tensor]]) -> Any:
         """Return a fresh output that carries other rows; generation changes the object it is given.
 
+        Where the model expects one tensor, all rows go into it as if they were one picture's.
+
         Args:
             output: What the encoder gave.
             rows: What the LLM reads of each picture, [n, d].
             levels: For each picture the rows of `Picture.levels`.
         """
-        return type(output)(pooler_output=list(rows))
+        joined = isinstance(output.pooler_output, Tensor)
+        return type(output)(pooler_output=torch.cat(list(rows))[None] if joined else list(rows))
 
     # -- what `verify` tries
 
@@ -191,6 +242,10 @@ class Family:
         pictures = self.pictures(model, "image", output, media)
         return media, [[self.token_id(model, "image")] * len(picture.rows) for picture in pictures]
 
+    def lay_out(self, model: Any, media: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+        """Arrange the pictures of `example` for a batch of prompts as the processor does."""
+        return dict(media)
+
     def token_types(self, model: Any, ids: Tensor) -> dict[str, Tensor]:
         """What the processor tells of each token besides its id."""
         return {}
@@ -201,12 +256,18 @@ class Family:
         """Positions of the full prompts as the model counts them, [b, s] or [axes, b, s]."""
         return count_positions(mask)
 
+    def last_position(self, positions: Tensor) -> Tensor:
+        """From where a later call counts on, [b, 1] or [axes, b, 1], given positions of the full prompts."""
+        return positions[..., -1:]
+
 
 def square(n: int) -> tuple[int, int, int]:
     """Return the square grid of ``n`` tokens: one frame, rows, columns."""
     side = round(n**0.5)
     if side * side != n:
-        raise UnsupportedModel(f"{n} tokens of an image form no square grid")
+        raise UnsupportedModel(
+            f"{n} tokens of an image form no square grid", "open an issue with the name of the checkpoint"
+        )
     return (1, side, side)
 
 

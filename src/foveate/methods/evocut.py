@@ -14,6 +14,9 @@ from foveate.errors import BudgetError
 from foveate.ops import shares, spherical_kmeans, top_k
 from foveate.registry import register
 
+#: Rows per step where a transition is formed: what a step casts and normalises stays in the cache.
+_BLOCK = 144
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +96,10 @@ class EvoCut(PromptMethod):
     def fold(
         self, carry: Float[Tensor, " n"] | None, before: Float[Tensor, "n v"], after: Float[Tensor, "n v"]
     ) -> Float[Tensor, " n"]:
-        moves = after.to(torch.float32, copy=True).sub_(before)  # in place: fresh buffers cost more than the arithmetic
-        moves.div_(torch.linalg.vector_norm(moves, dim=1, keepdim=True).clamp(min=1e-12))
+        moves = torch.empty_like(after, dtype=torch.float32)
+        for at in range(0, len(moves), _BLOCK):  # in place: fresh buffers cost more than the arithmetic
+            part = moves[at : at + _BLOCK].copy_(after[at : at + _BLOCK]).sub_(before[at : at + _BLOCK])
+            part.div_(torch.linalg.vector_norm(part, dim=1, keepdim=True).clamp(min=1e-12))
         centres = spherical_kmeans(moves, self.directions, self.iterations)
         deviation = 1.0 - (centres @ moves.T).amax(dim=0)
         memory = torch.zeros_like(deviation) if carry is None else carry

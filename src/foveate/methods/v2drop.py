@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +11,7 @@ import torch
 
 from foveate import budget
 from foveate.budget import Keep, Stage
-from foveate.core import Evidence, Method, Selection
+from foveate.core import Evidence, LayerMethod, Selection
 from foveate.errors import BudgetError
 from foveate.ops import top_k, unit
 from foveate.registry import register
@@ -29,7 +28,7 @@ PUBLISHED: Mapping[int, tuple[Stage, ...]] = MappingProxyType(
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class V2Drop(Method):
+class V2Drop(LayerMethod):
     """Keep the tokens that the last decoder layer changed most.
 
     Paper: V2Drop, CVPR 2026, arXiv 2509.01552, method section; timing from the code (xuyang-liu16/V2Drop).
@@ -61,52 +60,25 @@ class V2Drop(Method):
 
     name: ClassVar[str] = "v2drop"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "previous"})
+    shares: ClassVar[tuple[Keep, ...]] = (0.5, 0.3, 0)
 
-    stages: tuple[Stage, ...] | None = None
-    keep: Keep | None = None
     metric: Literal["l2", "l1", "cosine"] = "l2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.metric not in ("l2", "l1", "cosine"):
             raise BudgetError(f"metric must be l2, l1 or cosine, got {self.metric!r}", "l2 is the paper's")
-        if self.keep is not None:
-            budget.check_keep(self.keep)
-            if self.stages is not None:
-                raise BudgetError("keep and stages exclude each other", "keep=192 is a mean, stages are a schedule")
-        if self.stages is not None:
-            layers = [layer for layer, _ in self.stages]
-            if not layers or layers != sorted(set(layers)) or layers[0] < 1:
-                raise BudgetError(f"stages need rising layers >= 1, got {layers}", "type stages=3@0.5/17@0.3/22@0")
-            for _, share in self.stages:
-                budget.check_keep(share, allow_zero=True)
 
-    def sites(self, n_layers: int) -> tuple[int, ...]:
-        if self.keep is None:
-            sites = tuple(layer for layer, _ in self.stages or PUBLISHED[192])
-        else:
-            first, second, third = (math.floor(layer * n_layers / 32 + 0.5) for layer in (3, 17, 22))
-            sites = (first := max(first, 1), second := max(second, first + 1), max(third, second + 1))
-        if sites[-1] >= n_layers:
-            what = "stages" if self.keep is None else "a schedule"
-            hint = "keep=64 sets a mean of 64 tokens per layer and places the stages by depth"
-            raise BudgetError(
-                f"{what} before layers {', '.join(map(str, sites))} do not fit a model of {n_layers} layers",
-                hint if n_layers >= 4 else "use a method that selects before the LLM",
-            )
-        return sites
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        return (3, 17, 22) if self.keep is None else budget.at_depths((3 / 32, 17 / 32, 22 / 32), n_layers)
 
     def schedule(self, total: int, n_layers: int) -> tuple[Stage, ...]:
-        """Return the stages for ``total`` tokens of one image in ``n_layers`` layers."""
-        sites = self.sites(n_layers)
         if self.keep is None:
-            return self.stages or PUBLISHED[192]
+            return super().schedule(total, n_layers)
         if isinstance(self.keep, int) and self.keep in PUBLISHED and (total, n_layers) == (576, 32):
             return PUBLISHED[self.keep]
-        return budget.solve_schedule(total, self.keep, n_layers, (sites[0], sites[1], sites[2]))
-
-    def expected(self, alive: int, total: int, site: int, n_layers: int) -> int:
-        return budget.stage_keep(dict(self.schedule(total, n_layers))[site], alive)
+        first, second, third = self.sites(n_layers)
+        return budget.solve_schedule(total, self.keep, n_layers, (first, second, third))
 
     def select(self, evidence: Evidence, site: int) -> Selection:
         hidden, previous = evidence.require("hidden").float(), evidence.require("previous").float()
