@@ -94,7 +94,8 @@ def spherical_kmeans(rows: Float[Tensor, "n d"], k: int, iterations: int) -> Flo
 def group_sums(rows: Float[Tensor, "n d"], group: Int[Tensor, " n"], k: int) -> Float[Tensor, "k d"]:
     """sum of x_i over the rows i of each of k groups, added in a fixed order.
 
-    On a CPU row by row, in one pass. Elsewhere ``index_add`` may add in any order: there it is a one-hot matrix product.
+    On a CPU row by row, in one pass. Elsewhere ``index_add`` has no fixed order: there it is a product with the one-hot
+    matrix.
     """
     if rows.device.type == "cpu":
         return rows.new_zeros(k, rows.shape[1]).index_add(0, group, rows)

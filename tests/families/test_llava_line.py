@@ -87,6 +87,7 @@ def prompt(model: Any, **media: Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def pictures(model: Any, kind: str, inputs: Mapping[str, Any]) -> list[Picture]:
     family = family_of(model)
+    inputs = {family.former_names.get(name, name): value for name, value in inputs.items()}
     output, _ = family.encode(model, kind, inputs)
     return family.pictures(model, kind, output, inputs)
 

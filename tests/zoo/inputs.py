@@ -6,16 +6,20 @@ a batch has another length.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.models.video_llava.modeling_video_llava import VideoLlavaModel
 
 from tests.zoo.media import Maker, Media
 from tests.zoo.models import BOS, IMAGE, MIXED, PAD, VIDEO, VIDEO_TOKEN, model_type
 
 Row = list[list[int] | Media]
+
+_FORMER_NAME = "pixel_values_images"  # what older transformers call the images of video_llava
 
 
 class Batch(dict[str, Tensor]):
@@ -99,6 +103,8 @@ def _collate(name: str, rows: list[Row]) -> Batch:
     if name == "llava_onevision" and "pixel_values" in out:
         images = [sum(medium.kind == 1 for medium in row) for row in media]
         out["batch_num_images"] = torch.tensor([count for count in images if count])
+    if name == "video_llava" and _FORMER_NAME in inspect.signature(VideoLlavaModel.forward).parameters:
+        out = {_FORMER_NAME if key == "pixel_values" else key: value for key, value in out.items()}
     if "aspect_ratio_mask" in out:
         out["aspect_ratio_mask"][..., 0] = 1  # also where a row has no image
         out["cross_attention_mask"] = _sights(out, media)
