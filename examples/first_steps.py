@@ -22,6 +22,8 @@ def main() -> None:
         answers = []
         with foveate.compress(model, foveate.EvoCut(keep=keep)) if keep else contextlib.nullcontext() as handle:
             for question, _ in demo.QUESTIONS:
+                if handle and answers:
+                    handle.reselect()  # the same picture: it is not encoded again
                 text = f"USER: <image>\n{question} ASSISTANT:"
                 inputs = processor(images=image, text=text, return_tensors="pt")
                 output = model.generate(**inputs, max_new_tokens=8, do_sample=False)

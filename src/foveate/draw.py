@@ -123,14 +123,25 @@ def tokens(image: Picture, report: ImageReport, *, crop: bool = False) -> Image.
 
     Args:
         image: The picture, or its path.
-        report: An entry of ``Report.images``.
+        report: An entry of ``Report.images``; where frames differ in size, each gets a panel.
         crop: The processor cut the picture to its central square before it made tokens.
     """
     lives = report.lives()
     longest = max(lives, default=0.0)
     last = [token for token, life in enumerate(lives) if life == longest and life > 0]
     life = [share / longest if longest else 0.0 for share in lives]
-    return kept(image, report.grid, last, life=life, merged_into=report.merged_into, crop=crop)
+    merged = report.merged_into
+    if report.frames is None:
+        return kept(image, report.grid, last, life=life, merged_into=merged, crop=crop)
+    panels, start = [], 0
+    for rows, columns in report.frames:
+        end = start + rows * columns
+        mine = [token - start for token in last if start <= token < end]
+        slots = None if merged is None else merged[start:end]
+        grid = (1, rows, columns)
+        panels.append(kept(image, grid, mine, life=life[start:end], merged_into=slots, crop=crop))
+        start = end
+    return _strip(panels)
 
 
 def alive(report: Report, *, size: tuple[int, int] = (560, 240)) -> Image.Image:

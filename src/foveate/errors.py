@@ -9,7 +9,7 @@ FoveateError
 ├── MissingEvidence(LookupError)      a method read what it did not declare
 ├── ContractError(RuntimeError)       a method returned an invalid Selection
 ├── NothingCompressed(RuntimeError)   tokens should have gone and did not
-└── MissingDependency(ImportError)    an extra is not installed; says the install command
+└── MissingDependency(ImportError)    a package is not installed or too old; says the install command
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class NothingCompressed(FoveateError, RuntimeError):
 
 
 class MissingDependency(FoveateError, ImportError):
-    """An optional dependency is not installed."""
+    """A package is not installed, or too old."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -58,6 +58,8 @@ class ImageReport:
         stages: One entry per site where tokens could leave, in order.
         alive: Tokens in each decoder layer.
         merged_into: For merging methods: the slot among ``kept`` that took each original token in, -1 = none.
+        frames: Rows and columns of each frame, where they differ (a thumbnail, and the picture put together of tiles);
+            None: as ``grid`` says. Tokens are frame by frame, each in reading order.
     """
 
     row: int
@@ -68,6 +70,7 @@ class ImageReport:
     stages: tuple[StageReport, ...] = ()
     alive: tuple[int, ...] = ()
     merged_into: tuple[int, ...] | None = None
+    frames: tuple[tuple[int, int], ...] | None = None
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -131,7 +134,7 @@ class Report:
         prompt_tokens_after: The same after site 0.
         kv_bytes_before: KV cache of the prompt if nothing had been dropped.
         kv_bytes_after: KV cache of the prompt as it was.
-        encode_ms: Time in the vision encoder and projector; None when not measured.
+        encode_ms: Time in the vision encoder and projector; None when nothing was encoded.
         select_ms: Time in the method's selection, all sites.
         prefill_ms: Time in the decoder for the prompt.
         calls: Calls with images since `compress`; the report shows the last.
@@ -323,6 +326,7 @@ def _fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
 def _image(data: Mapping[str, Any]) -> ImageReport:
     fields = _fields(ImageReport, data)
     fields["stages"] = tuple(_stage(stage) for stage in fields["stages"])
+    fields["frames"] = None if fields["frames"] is None else tuple(map(tuple, fields["frames"]))
     return ImageReport(**fields)
 
 

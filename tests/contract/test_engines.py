@@ -56,7 +56,8 @@ def test_a_family_knows_its_model(name: str) -> None:
 
 
 def test_every_family_has_a_model() -> None:
-    assert {family_of(tiny(name)).name for name in NAMES} >= {family.name for family in FAMILIES}
+    here = {family.name for family in FAMILIES if family.lacks("image") is None}
+    assert {family_of(tiny(name)).name for name in NAMES} >= here
 
 
 @pytest.mark.parametrize("spec", _specs())

@@ -37,9 +37,9 @@ def _raised() -> Iterator[tuple[str, ast.Call]]:
     source = Path(inspect.getfile(errors)).parent
     for path in sorted(source.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
-                if node.exc.func.id in CLASSES:
-                    yield f"{path.relative_to(source)}:{node.lineno}", node.exc
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in CLASSES:
+                yield f"{path.relative_to(source)}:{node.lineno}", call
 
 
 def test_every_error_raised_has_a_hint() -> None:

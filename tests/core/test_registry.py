@@ -175,7 +175,9 @@ def test_tuples_of_an_outsider_round_trip(options: dict[str, Any], spec: str) ->
 
 
 @pytest.mark.usefixtures("clean_registry")
-@pytest.mark.parametrize(("option", "kind"), [("layers=a/b", "3/17"), ("window=1/2/3", "3/17"), ("stages=3/4", "3@0.5")])
+@pytest.mark.parametrize(
+    ("option", "kind"), [("layers=a/b", "3/17"), ("window=1/2/3", "3/17"), ("stages=3/4", "3@0.5")]
+)
 def test_a_wrong_tuple_is_a_named_error(option: str, kind: str) -> None:
     registry.register(Tuples)
     with pytest.raises(BudgetError, match=kind):

@@ -1,8 +1,8 @@
 """Compiled generation, in a process of its own: the shape checks that the tests run under cannot be compiled.
 
-python -m tests.engine.compiled [BACKEND]    # one line of JSON: by name the logit differences and graph counts
+python -m tests.engine.compiled BACKEND [CHECK ...]    # one line of JSON: by check the differences and graph counts
 
-Without a backend graphs are counted and run as they are.
+The backend ``none`` runs each graph as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from foveate.engines.base import Handle, compress
 from tests.engine.oracle import GREEDY, Oracle, differ, vivid
+from tests.families.matrix import model_of
 from tests.models import one_row, tiny_inputs, tiny_llava
+from tests.zoo.inputs import batch
+from tests.zoo.models import placeholders
 
 STATIC: dict[str, Any] = {**GREEDY, "cache_implementation": "static", "max_new_tokens": 5}
 SPECS = {
@@ -29,7 +32,7 @@ SPECS = {
 class Graphs:
     """A compiler that counts the graphs."""
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str) -> None:
         self.count, self._backend = 0, backend
 
     def __deepcopy__(self, memo: Any) -> Graphs:
@@ -37,7 +40,15 @@ class Graphs:
 
     def __call__(self, graph: Any, example: Any) -> Any:
         self.count += 1
-        return graph.forward if self._backend is None else torch._dynamo.lookup_backend(self._backend)(graph, example)
+        if self._backend == "none":
+            return graph.forward
+        return torch._dynamo.lookup_backend(self._backend)(graph, example)
+
+
+def _config(graphs: Graphs) -> CompileConfig:
+    config = CompileConfig(fullgraph=True, backend=graphs, mode=None)
+    config._compile_all_devices = True
+    return config
 
 
 Check = Callable[[Handle, Any, Oracle, Graphs, str], list[tuple[float, int]]]
@@ -50,10 +61,10 @@ def _read(handle: Handle, oracle: Oracle, inputs: Any, positions: str, **options
 
 def decode_steps(handle: Handle, model: Any, oracle: Oracle, graphs: Graphs, positions: str) -> list[Any]:
     """`generate` compiles its decode steps: two calls of equal length, and one of another batch."""
-    config = CompileConfig(fullgraph=True, backend=graphs, mode=None)
-    config._compile_all_devices = True
     calls = [tiny_inputs(seed=1), tiny_inputs(seed=2), one_row(tiny_inputs(), 2)]
-    return [(_read(handle, oracle, inputs, positions, compile_config=config), graphs.count) for inputs in calls]
+    return [
+        (_read(handle, oracle, inputs, positions, compile_config=_config(graphs)), graphs.count) for inputs in calls
+    ]
 
 
 def whole_graph(handle: Handle, model: Any, oracle: Oracle, graphs: Graphs, positions: str) -> list[Any]:
@@ -68,20 +79,41 @@ def broken_graph(handle: Handle, model: Any, oracle: Oracle, graphs: Graphs, pos
     return [(_read(handle, oracle, tiny_inputs(), positions), graphs.count)]
 
 
+def family(name: str, spec: str, graphs: Graphs) -> list[tuple[float, int]]:
+    """Another family, two calls of equal length: compiled decode steps against the same steps as they are."""
+    model, found = model_of(name, "sdpa"), []
+    options = {**STATIC, "suppress_tokens": placeholders(model)}
+    for seed in (1, 2):
+        inputs = batch(name, (0, 1, 2), seed=seed)
+        with compress(model, spec):
+            plain = model.generate(**inputs, **options)
+            output = model.generate(**inputs, **options, compile_config=_config(graphs))
+        difference = (torch.stack(plain.logits) - torch.stack(output.logits)).abs().max()
+        found.append((float(difference), graphs.count))
+    return found
+
+
 CHECKS = {
     f"{check.__name__} {where}": (check, where)
-    for check, places in ((decode_steps, SPECS), (whole_graph, ["before"]), (broken_graph, SPECS))
+    for check, places in ((decode_steps, SPECS), (whole_graph, ["before"]), (broken_graph, ["inside"]))
     for where in places
 }
 
 
-def main(backend: str | None = None) -> None:
+FAMILIES = {"gemma3": "v2drop:stages=3@0.5/4@0.3", "qwen2_5_vl": "evocut:keep=0.6 + v2drop:stages=3@0.5/4@0"}
+
+
+def main(backend: str, *names: str) -> None:
     """Print what was measured."""
     torch.set_num_threads(1)
     model = vivid(tiny_llava(layers=3))
     oracle, measured = Oracle(model), {}
-    for name, (check, where) in CHECKS.items():
+    for name in names or (*CHECKS, *FAMILIES):
         torch.compiler.reset()
+        if name in FAMILIES:
+            measured[name] = family(name, FAMILIES[name], Graphs(backend))
+            continue
+        check, where = CHECKS[name]
         spec, positions = SPECS[where]
         with compress(model, spec) as handle:
             measured[name] = check(handle, model, oracle, Graphs(backend), positions)

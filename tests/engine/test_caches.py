@@ -146,6 +146,14 @@ def test_a_shortened_cache_needs_a_handle(case: str) -> None:
         assert differ(output.logits, oracle.logits(inputs, output.sequences, handle.report, positions)) <= TOLERANCE
 
 
+def test_what_a_prompt_looks_across_at_needs_a_handle_too() -> None:
+    model, inputs = model_of("mllama", "sdpa"), inputs_of("mllama", "image")
+    with compress(model, "evocut:keep=0.4"):
+        cache = model.generate(**inputs, **GREEDY, max_new_tokens=2).past_key_values
+    step = {"input_ids": torch.full((len(inputs["input_ids"]), 1), 7), "past_key_values": cache}
+    _refused("no handle", lambda: model(**step))
+
+
 def test_a_shortened_cache_that_was_reset_is_as_good_as_new() -> None:
     (model, _), text = pair(), tiny_inputs((0, 0))
     plain = model.generate(**text, **GREEDY, max_new_tokens=4)

@@ -179,7 +179,10 @@ def _turn_calls(model: Any) -> dict[str, tuple[Callable[[], Any], str]]:
     other = torch.cat([one["input_ids"] + 0, torch.tensor([[5, 6, 7]])], 1)
     other[0, 2] = 77
     embeds = model.get_input_embeddings()(other)
+    ready = {"image": model.model.get_image_features(pixel_values=one["pixel_values"], return_dict=True)}
+    more = torch.nn.functional.pad(one["input_ids"], (0, 3), value=7)
     return {
+        "ready features": (lambda: later(input_ids=more, mm_encoder_outputs=ready), "mm_encoder_outputs"),
         "another prompt": (lambda: later(input_ids=other), "does not begin"),
         "another batch": (lambda: later(two, input_ids=other), "2 prompts, this call brings 1"),
         "no ids": (lambda: later(inputs_embeds=embeds), "input_ids"),
@@ -204,7 +207,7 @@ def test_calls(name: str, spec: str) -> None:
     assert torch.equal(_logits(model), before)
 
 
-@pytest.mark.parametrize("name", ["another prompt", "another batch", "no ids"])
+@pytest.mark.parametrize("name", ["another prompt", "another batch", "no ids", "ready features"])
 def test_later_turns(name: str) -> None:
     model, _ = pair()
     call, words = _turn_calls(model)[name]

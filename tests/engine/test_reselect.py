@@ -17,7 +17,7 @@ from foveate.families import family_of
 from tests.engine.oracle import GREEDY, differ, pair, prompts
 from tests.engine.test_oracle import CASES, TOLERANCE
 from tests.families.matrix import inputs_of, model_of
-from tests.models import IMAGE, one_row, tiny_inputs
+from tests.models import IMAGE
 from tests.zoo.models import placeholders
 
 QUESTIONS = [[41, 42, 43], [101, 77, 119, 88]]
@@ -39,7 +39,9 @@ def _ask(words: list[int], seed: int = 1, rows: int = 2) -> dict[str, Tensor]:
     return prompts([[1, 5, IMAGE, *words], [1, 6, IMAGE, 7, IMAGE, *words, 9]][:rows], seed=seed)
 
 
-@pytest.mark.parametrize("case", ["adav", "evocut", "v2drop to nothing", "evocut original + v2drop", "ragged", "random"])
+@pytest.mark.parametrize(
+    "case", ["adav", "evocut", "v2drop to nothing", "evocut original + v2drop", "ragged", "random"]
+)
 def test_another_question_is_not_encoded_again(case: str) -> None:
     (method, positions), (model, oracle) = CASES[case], pair()
     first, second = (_ask(words) for words in QUESTIONS)
@@ -150,16 +152,3 @@ def test_other_families(name: str) -> None:
         again = model.generate(**inputs, **options)
         assert len(passes) == count
     assert torch.equal(torch.stack(again.logits), torch.stack(fresh.logits))
-
-
-def test_the_demo_questions() -> None:
-    (model, _), inputs = pair(), one_row(tiny_inputs(), 1)
-    with compress(model, "adav:keep=0.25") as handle:
-        kept = []
-        for words in QUESTIONS:
-            ids = torch.cat([inputs["input_ids"], torch.tensor([words])], 1)
-            if kept:
-                handle.reselect()
-            model.generate(input_ids=ids, pixel_values=inputs["pixel_values"], max_new_tokens=2)
-            kept.append(handle.report.images[0].kept)
-    assert kept[0] != kept[1]

@@ -219,15 +219,6 @@ def test_a_later_turn_read_in_chunks() -> None:
     assert differ(output.logits, oracle.logits(inputs, output.sequences, handle.report, "original")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("spec", ["grid:keep=4", "v2drop:stages=2@0.5/4@0", "evocut:keep=8 + v2drop:stages=2@0.5"])
-def test_looking_up_the_prompt_finds_the_greedy_answer(spec: str) -> None:
-    (model, _), inputs = pair(), one_row(tiny_inputs(), 2)
-    options = {**GREEDY, "return_dict_in_generate": False, "output_logits": False, "max_new_tokens": 24}
-    with compress(model, spec):
-        greedy = model.generate(**inputs, **options)
-        assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), greedy)
-
-
 @pytest.mark.parametrize("method", [Coin(), Coin(at="2", least=0), SharedCoin(at="24"), "adav:keep=6"], ids=str)
 def test_pictures_never_seen_stay_unseen_in_later_turns(method: Method | str) -> None:
     """A picture in a later turn would need its own cut: refused, and the model goes on working."""

@@ -103,7 +103,8 @@ def _lengths(model: Any, inputs: Mapping[str, Tensor], kind: Kind, marked: Tenso
         return [int(f.sum()) for f in frames.split(inputs["num_frames_per_video"].tolist())]
     if name in ("gemma4", "internvl", "minicpmv4_6"):
         return _runs(marked)
-    pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+    names = ("pixel_values", "pixel_values_images") if kind == "image" else ("pixel_values_videos",)
+    pixels = next(inputs[name] for name in names if name in inputs)
     if name in ("idefics3", "smolvlm"):
         pixels = pixels.flatten(0, 1)
         pixels = pixels[pixels.flatten(1).any(1)]

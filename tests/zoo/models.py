@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from foveate.families import FAMILIES
+
 PAD, BOS, EOS = 0, 1, 159
 IMAGE, VIDEO_TOKEN, START, END, AUDIO, VIDEO_START, VIDEO_END = 150, 151, 152, 153, 154, 155, 156
 BREAK, ROW_END = 157, 158  # of pixtral's rows
@@ -287,25 +289,43 @@ _CONFIGS: dict[str, Callable[[int], Config]] = {
     "kimi_k25": _kimi_k25,
 }
 
+#: Model types, each with its family.
+_SERVED = {kind: family for family in FAMILIES for kind in family.model_types}
+
+
+def model_type(name: str) -> str:
+    """Return the ``config.model_type`` that a name stands for."""
+    return name.removesuffix("_shared")
+
+
+def reads(name: str, modality: str = "image") -> bool:
+    """Whether the installed transformers reads images (or videos) with this model; older ones do not with some."""
+    return _SERVED[model_type(name)].lacks(modality) is None
+
+
 #: Every family; ``gemma4_shared`` is gemma4 whose last two layers use keys and values of earlier ones.
-NAMES: tuple[str, ...] = tuple(_CONFIGS)
+NAMES: tuple[str, ...] = tuple(filter(reads, _CONFIGS))
 
 #: Those whose model takes videos. To internvl, idefics3 and smolvlm a video is a number of images.
-VIDEO: tuple[str, ...] = (
-    "llava_onevision",
-    "llava_next_video",
-    "video_llava",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "gemma4",
-    "gemma4_shared",
-    "glm4v",
-    "glm46v",
-    "minicpmv4_6",
+VIDEO: tuple[str, ...] = tuple(
+    name
+    for name in (
+        "llava_onevision",
+        "llava_next_video",
+        "video_llava",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "gemma4",
+        "gemma4_shared",
+        "glm4v",
+        "glm46v",
+        "minicpmv4_6",
+    )
+    if reads(name, "video")
 )
 
 #: Those that take an image and a video in one call; GLM gives both the same placeholder and counts them together.
@@ -313,11 +333,6 @@ MIXED: tuple[str, ...] = tuple(name for name in VIDEO if not name.startswith("gl
 
 #: Those whose positions are one number per token, so that they can be packed.
 FLAT: tuple[str, ...] = tuple(name for name in NAMES if not name.startswith(("qwen", "glm", "mllama")))
-
-
-def model_type(name: str) -> str:
-    """Return the ``config.model_type`` that a name stands for."""
-    return name.removesuffix("_shared")
 
 
 def tiny(name: str, impl: str = "sdpa", layers: int = 6, seed: int = 0) -> PreTrainedModel:

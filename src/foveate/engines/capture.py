@@ -115,7 +115,7 @@ class EncoderCapture:
             record = self._record
             if record is None:
                 return
-            states = args[0] if args else kwargs["hidden_states"]
+            states = args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
             before = self._patches(record, states)
             if not record.segments:
                 record.segments = self._family.segments(self._model, record.modality, record.arguments, before)

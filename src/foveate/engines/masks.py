@@ -126,9 +126,9 @@ class Masks:
                 if valid is None:
                     valid = torch.ones_like(cutting.plan.index, dtype=torch.bool)
                 if mask is None:
-                    new = hidden.shape[1]  # a full static layer tells its whole size: what is empty yet, nobody sees
-                    total = int(cache.get_seq_length(index)) + new if windowed else sum(cache.get_mask_sizes(new, index))
-                    tail = valid.new_ones(len(valid), total - valid.shape[1])
+                    new = hidden.shape[1]  # a static layer tells its whole size: what is empty yet, nobody sees
+                    sizes = (int(cache.get_seq_length(index)), new) if windowed else cache.get_mask_sizes(new, index)
+                    tail = valid.new_ones(len(valid), sum(sizes) - valid.shape[1])
                 else:
                     tail = mask[:, cutting.length :].bool()
                 both = torch.cat([valid.to(hidden.device), tail.to(hidden.device)], 1)

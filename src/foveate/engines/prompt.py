@@ -39,6 +39,7 @@ from foveate.engines.state import Attachment, Clock, Frame, Frames, Seen, Stage,
 from foveate.engines.turns import Shortener
 from foveate.errors import NothingCompressed, UnsupportedCall
 from foveate.families import Family, Picture
+from foveate.families.releases import installed, upgrade
 from foveate.selection import select_all
 
 
@@ -171,15 +172,15 @@ class PromptPart:
         if cache is not None and not filled:
             forget(cache)
         self._check_plans(getattr(cache, PLANS, ()))
-        turn = getattr(cache, TURN, None)
-        if turn is not None:
-            return self._shortener.later(arguments, turn)
         ready = arguments.get("mm_encoder_outputs") or {}
         if any(output is not None for output in ready.values()):
             raise UnsupportedCall(
                 "ready-made `mm_encoder_outputs` were passed, which show nothing of the encoder",
-                "pass pixel_values, or leave the `with` block for this call",
+                "pass pixel_values; an assistant_model reads what is left here, and needs no handle of its own",
             )
+        turn = getattr(cache, TURN, None)
+        if turn is not None:
+            return self._shortener.later(arguments, turn)
         ids = arguments.get("input_ids")
         if arguments.get("inputs_embeds") is not None and (media or ids is None or self._shortener.visual(ids)):
             raise UnsupportedCall(
@@ -217,6 +218,12 @@ class PromptPart:
                 "`labels` have one entry per token of the full prompt, and the compressed prompt is shorter",
                 "compute the loss without compression, or from the returned logits of the answer",
             )
+        for modality in media:
+            if (wanted := self._family.lacks(modality)) is not None:
+                raise UnsupportedCall(
+                    f"{modality}s of {self._family.name} need transformers >= {wanted}, found {installed()}",
+                    upgrade(wanted),
+                )
         ids, mask = arguments["input_ids"], self._mask(arguments)
         clock = Clock(ids.device)
         outputs, pictures, records, taken = self._encode(arguments, media, clock)

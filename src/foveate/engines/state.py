@@ -157,7 +157,17 @@ def _image_report(index: int, seen: Seen, layers: int) -> ImageReport:
         stages=tuple(_stage_report(stage) for stage in seen.stages),
         alive=tuple(counts),
         merged_into=_merged_into(seen),
+        frames=_frame_sizes(seen),
     )
+
+
+def _frame_sizes(seen: Seen) -> tuple[tuple[int, int], ...] | None:
+    """Rows and columns of each frame where tokens do not fill the grid."""
+    places = seen.picture.places
+    if places is None:
+        return None
+    each = [places[places[:, 0] == frame] for frame in range(seen.picture.grid[0])]
+    return tuple((int(mine[:, 1].max()) + 1, int(mine[:, 2].max()) + 1) for mine in each)
 
 
 def _merged_into(seen: Seen) -> tuple[int, ...] | None:

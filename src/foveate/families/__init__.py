@@ -25,6 +25,7 @@ from foveate.families.picture import Picture
 from foveate.families.qwen2_vl import Qwen2VL, Qwen25VL
 from foveate.families.qwen3_5 import Qwen35
 from foveate.families.qwen3_vl import Qwen3VL
+from foveate.families.releases import installed, upgrade
 from foveate.families.video_llava import VideoLlava
 from foveate.families.vipllava import VipLlava
 
@@ -89,7 +90,7 @@ def family_of(model: Any) -> Family:
     """Return the family that serves a model.
 
     Raises:
-        UnsupportedModel: If none does; names the families that exist.
+        UnsupportedModel: If none does; names the families that exist, or the transformers that it needs.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is None:
@@ -102,6 +103,9 @@ def family_of(model: Any) -> Family:
         raise UnsupportedModel(f"{kind} is not served: {REFUSED[kind]}", "type `foveate families` to see what is")
     if kind not in known:
         raise UnsupportedModel(f"no family serves model_type {kind!r}", did_you_mean(kind, known))
+    lacks = [known[kind].lacks(modality) for modality in known[kind].modalities]
+    if all(lacks):
+        raise UnsupportedModel(f"{kind} needs transformers >= {lacks[0]}, found {installed()}", upgrade(str(lacks[0])))
     if not hasattr(model, "generate"):
         raise UnsupportedModel(
             f"{type(model).__name__} has no language-model head", "pass the ...ForConditionalGeneration model"

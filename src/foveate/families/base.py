@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foveate.core import DECODER_EVIDENCE, ENCODER_EVIDENCE
 from foveate.errors import UnsupportedModel
 from foveate.families.picture import Picture
+from foveate.families.releases import older_than
 
 #: Vision towers whose encoder evidence is understood, and whether their first row is a CLS token.
 TOWERS = {
@@ -46,6 +47,7 @@ class Family:
         model_types: Values of ``config.model_type`` it serves.
         modalities: What it compresses.
         positions: Position policies that are legal; the first is the default where a method has no opinion.
+        since: The first transformers whose own model reads a modality, where the oldest that is served does not.
         media_arguments: Names under which pixels are passed, by modality.
         former_names: Older names of arguments, with those of today.
         row_arguments: Arguments of a decoder layer with one row per token, which leave with the tokens.
@@ -59,6 +61,7 @@ class Family:
     model_types: ClassVar[tuple[str, ...]]
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     positions: ClassVar[tuple[str, ...]] = ("original", "packed")
+    since: ClassVar[Mapping[str, str]] = {}
     media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values"}
     former_names: ClassVar[Mapping[str, str]] = {}
     row_arguments: ClassVar[frozenset[str]] = frozenset()
@@ -70,6 +73,11 @@ class Family:
     def variant(self, model: Any) -> Family:
         """The family that serves a model of these types: this one, unless its encoder is another one's."""
         return self
+
+    def lacks(self, modality: str) -> str | None:
+        """The transformers that a modality needs, if an older one is installed."""
+        wanted = self.since.get(modality)
+        return wanted if wanted is not None and older_than(wanted) else None
 
     # -- where the parts are
 

@@ -24,6 +24,7 @@ class MiniCPMV46(Family):
     name: ClassVar[str] = "minicpmv4_6"
     model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
+    since: ClassVar[Mapping[str, str]] = {"image": "5.19", "video": "5.19"}
     media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
