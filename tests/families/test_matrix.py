@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
+
 import pytest
 import torch
 from PIL import Image
@@ -42,6 +45,12 @@ def test_every_report_can_be_drawn_and_read_back(name: str) -> None:
     for index, image in enumerate(report.images):
         drawn = report.draw(photo, index)
         assert drawn.width >= 300 * (1 if image.frames is None else len(image.frames))
+
+
+def test_every_served_type_was_measured() -> None:
+    measured = json.loads((resources.files("foveate.families") / "measured.json").read_text(encoding="utf-8"))
+    assert set(measured) == SERVED, "type `make oracle`"
+    assert all(float(seen["largest_difference"]) <= 1e-4 for seen in measured.values())
 
 
 def test_every_family_is_in_the_matrix() -> None:
