@@ -11,15 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+from foveate.families.releases import CHUNKS, older_than
 
 PAD, BOS, EOS, IMAGE = 0, 1, 159, 150
 SIDE, PATCH = 40, 10
 TOKENS = (SIDE // PATCH) ** 2  # 16 visual tokens per picture, a 4 x 4 grid
 
 Tower = Literal["clip", "siglip"]
+
+#: Marks tests that read prompts with pictures in chunks.
+chunked = pytest.mark.skipif(older_than(CHUNKS), reason=f"chunks with pictures need transformers >= {CHUNKS}")
 
 
 def tiny_llava(

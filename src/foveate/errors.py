@@ -76,5 +76,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     if near:
+        best, worst = (difflib.SequenceMatcher(None, n, name).ratio() for n in (near[0], near[-1]))
+        near = near if best - worst < 0.15 else near[:1]
         return "did you mean " + " or ".join(f"`{n}`" for n in near) + "?"
     return "known: " + ", ".join(f"`{n}`" for n in names)

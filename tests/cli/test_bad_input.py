@@ -79,7 +79,7 @@ def test_unknown_model(tmp_path: Path, picture: Path) -> None:
 def test_a_model_of_no_family_is_refused_before_its_weights_are_read(tmp_path: Path, picture: Path) -> None:
     tiny_llava().config.text_config.save_pretrained(tmp_path)
     result = call("run", picture, "How many?", "--model", tmp_path)
-    refused(result, error="no family serves model_type 'llama'", hint="did you mean `llava`?")
+    refused(result, error="no family serves model_type 'llama'", hint="did you mean `mllama` or `llava`?")
 
 
 def test_a_model_without_processor(tmp_path: Path, picture: Path) -> None:

@@ -78,7 +78,7 @@ def test_spaces_do_not_matter_and_a_plus_makes_a_chain() -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "complaint", "hint"),
     [
-        ("evocat:keep=64", UnknownMethod, "unknown method: 'evocat'", "did you mean `evocut`"),
+        ("evocat:keep=64", UnknownMethod, "unknown method: 'evocat'", "did you mean `evocut`?"),
         ("", UnknownMethod, "unknown method: ''", "known: "),
         ("zebra", UnknownMethod, "unknown method: 'zebra'", "`evocut`"),
         ("evocut", BudgetError, "`evocut` needs keep", "type `evocut:keep=64`"),

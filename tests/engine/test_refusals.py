@@ -15,7 +15,7 @@ from foveate.core import Evidence, Selection
 from foveate.engines.base import compress
 from tests.engine.oracle import GREEDY, differ, pair, prompts
 from tests.engine.probes import Coin, SharedCoin, Wrong, peek
-from tests.models import IMAGE, TOKENS, one_row, tiny_inputs, tiny_llava
+from tests.models import IMAGE, TOKENS, chunked, one_row, tiny_inputs, tiny_llava
 
 SITE_0, INSIDE = "evocut:keep=5", "v2drop:stages=2@0.5/4@0"
 
@@ -254,6 +254,7 @@ def test_a_prompt_that_would_lose_everything(method: Any) -> None:
         _refused(foveate.UnsupportedCall, lambda: model.generate(**inputs, max_new_tokens=2), "without text")
 
 
+@chunked
 def test_chunks_are_read_at_site_0_only() -> None:
     (model, _), inputs = pair(), tiny_inputs()
     for spec in (INSIDE, "evocut:keep=10 + v2drop:stages=2@0.5", "todre:keep=8,exit=0.5"):

@@ -16,7 +16,7 @@ from foveate.engines.base import compress
 from tests.engine.oracle import GREEDY, differ, pair, prompts
 from tests.engine.probes import Coin, SharedCoin
 from tests.engine.test_oracle import CASES, TOLERANCE
-from tests.models import IMAGE, one_row, tiny_inputs
+from tests.models import IMAGE, chunked, one_row, tiny_inputs
 
 SPOKEN = [
     "evocut",
@@ -199,6 +199,7 @@ def test_a_reset_cache_has_forgotten_its_pictures(spec: str) -> None:
         model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **GREEDY, max_new_tokens=4)
 
 
+@chunked
 @pytest.mark.parametrize("case", ["evocut", "evocut original", "pool", "ragged original"])
 def test_a_prompt_read_in_chunks(case: str) -> None:
     (method, positions), (model, oracle), inputs = CASES[case], pair(), tiny_inputs()
@@ -207,6 +208,7 @@ def test_a_prompt_read_in_chunks(case: str) -> None:
     assert differ(output.logits, oracle.logits(inputs, output.sequences, handle.report, positions)) <= TOLERANCE
 
 
+@chunked
 def test_a_later_turn_read_in_chunks() -> None:
     (model, oracle), inputs = pair(), tiny_inputs()
     with compress(model, "evocut:keep=10,positions=original + v2drop:stages=2@0.5/4@0") as handle:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import GenerationConfig
 
 import foveate
 from foveate.families import FAMILIES, family_of, releases
 from tests.families.matrix import model_of
-from tests.zoo.models import VIDEO_TOKEN, tiny
+from tests.zoo.inputs import batch
+from tests.zoo.models import GREEDY, VIDEO_TOKEN, tiny
 
 
 @pytest.fixture
@@ -66,6 +68,35 @@ def test_videos_that_need_a_newer_one_are_refused_in_the_call(older: Any) -> Non
         model.generate(input_ids=ids, pixel_values_videos=torch.zeros(1, 4, 48), max_new_tokens=1)
     assert error.value.message == "videos of gemma4 need transformers >= 5.23, found 5.22.2"
     assert error.value.hint == "pip install -U 'transformers>=5.23'"
+
+
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk_size": 4}, {"generation_config": GenerationConfig(prefill_chunk_size=99)}]
+)
+def test_chunks_of_prompts_with_pictures_need_a_newer_one(options: dict[str, Any], older: Any) -> None:
+    """Older releases drop the pictures, and misread a later turn too."""
+    model, inputs = model_of("llava", "sdpa"), batch("llava", (1,))
+    older("5.22.2")
+    with foveate.compress(model, "random:keep=3,positions=original") as handle:
+        first = model.generate(**inputs, **GREEDY, max_new_tokens=3)
+        ids = torch.cat([first.sequences, torch.tensor([[5, 6]])], 1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": first.past_key_values}
+        for call in (inputs, turn):
+            with pytest.raises(foveate.UnsupportedCall) as error:
+                model.generate(**call, **options)
+            assert error.value.message == "prefill_chunk_size with pictures needs transformers >= 5.23, found 5.22.2"
+            assert error.value.hint == "leave it out, or pip install -U 'transformers>=5.23'"
+        assert handle.report.calls == 1
+        again = model.generate(**inputs, **GREEDY, max_new_tokens=3)
+    assert torch.equal(torch.stack(again.logits), torch.stack(first.logits))
+
+
+def test_of_two_that_are_alike_one_needs_a_newer_one(older: Any) -> None:
+    """Both are built here: a model of the older release would refuse the shorter prompt in words of its own."""
+    older("5.20.0")
+    assert family_of(tiny("idefics3", layers=3)).name == "idefics3"
+    with pytest.raises(foveate.UnsupportedModel, match=r"smolvlm needs transformers >= 5\.21, found 5\.20\.0"):
+        family_of(tiny("smolvlm", layers=3))
 
 
 def test_limits_name_what_a_family_reads() -> None:

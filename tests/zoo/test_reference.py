@@ -118,7 +118,7 @@ def test_tokens_can_carry_other_features(name: str) -> None:
     plain = reference_logits(model(name), inputs, sequences, kept)
     merged = reference_logits(model(name), inputs, sequences, kept, features={0: other})
     assert (new(merged) - new(plain))[0].abs().max() > 1e-3
-    torch.testing.assert_close(new(merged)[1], logits[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(new(merged)[1], logits[1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llava", "vipllava", "video_llava", "gemma3", "gemma4", "paligemma", "mistral3"])
@@ -127,7 +127,8 @@ def test_packed_it_is_the_model_on_a_shorter_prompt(name: str) -> None:
     net, inputs = model(name), batch(name, (1,))
     (item,) = items(net, inputs)
     stay = torch.arange(0, len(item.columns), 3)
-    keys = [key for key in ("pixel_values", "image_sizes", "image_position_ids") if key in inputs]
+    names = ("pixel_values", "pixel_values_images", "image_sizes", "image_position_ids")
+    keys = [key for key in names if key in inputs]
     with torch.no_grad():
         encoded = net.model.get_image_features(**{key: inputs[key] for key in keys}, return_dict=True)
     rows = encoded.pooler_output[0][stay]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from foveate.engines.sequence import Plan
 from foveate.engines.state import Attachment, Frame
 from foveate.errors import UnsupportedCall
+from foveate.families.releases import CHUNKS, installed, older_than, upgrade
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ def check_modes(arguments: Mapping[str, Any], config: Any) -> None:
         raise UnsupportedCall(
             'cache_implementation="paged" batches texts continuously and reads no pictures',
             "leave it out, or call generate_batch for texts alone",
+        )
+    if _option(arguments, config, "prefill_chunk_size") and older_than(CHUNKS):
+        raise UnsupportedCall(
+            f"prefill_chunk_size with pictures needs transformers >= {CHUNKS}, found {installed()}",
+            f"leave it out, or {upgrade(CHUNKS)}",
         )
     if _option(arguments, config, "token_healing"):
         raise UnsupportedCall(

@@ -82,7 +82,7 @@ class PromptPart:
             if not self._frames.inside:
                 config = self._model.generation_config
                 with self.encoder.ordered():
-                    if self._media(arguments):
+                    if self._media(arguments) or hasattr(arguments.get("past_key_values"), TURN):
                         check_modes(arguments, config)
                     cut = self.cut(with_mask(arguments, config))
             if cut is None:

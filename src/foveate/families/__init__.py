@@ -10,7 +10,7 @@ from foveate.families.cross import CrossFamily
 from foveate.families.gemma3 import Gemma3
 from foveate.families.gemma4 import Gemma4
 from foveate.families.glm4v import Glm4v
-from foveate.families.idefics3 import Idefics3
+from foveate.families.idefics3 import Idefics3, SmolVLM
 from foveate.families.internvl import InternVL
 from foveate.families.kimi_k25 import KimiK25
 from foveate.families.llava import Llava
@@ -43,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     Glm4v(),
     InternVL(),
     Idefics3(),
+    SmolVLM(),
     Gemma3(),
     Gemma4(),
     PaliGemma(),
@@ -80,6 +81,7 @@ __all__ = [
     "Qwen2VL",
     "Qwen35",
     "Qwen3VL",
+    "SmolVLM",
     "VideoLlava",
     "VipLlava",
     "family_of",

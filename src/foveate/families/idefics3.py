@@ -13,7 +13,7 @@ from foveate.families.picture import Picture
 
 
 class Idefics3(Family):
-    """``idefics3``, ``smolvlm``: every tile counts as an image of its own, with its own budget.
+    """``idefics3``: every tile counts as an image of its own, with its own budget.
 
     A picture is cut into tiles, and text stands between them in the prompt; the model does not know which of them form
     one picture. Frames of a video are tiles too. Slots without a picture, which fill a sample up, are skipped by the
@@ -21,7 +21,7 @@ class Idefics3(Family):
     """
 
     name: ClassVar[str] = "idefics3"
-    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
 
     def decoder(self, model: nn.Module) -> nn.Module:
         decoder = self.base(model).text_model
@@ -51,3 +51,11 @@ class Idefics3(Family):
         output, _ = self.encode(model, "image", {"pixel_values": pixels})
         tiles = self.pictures(model, "image", output, {})
         return {"pixel_values": pixels}, [[self.token_id(model, "image")] * len(tile.rows) for tile in tiles]
+
+
+class SmolVLM(Idefics3):
+    """``smolvlm``: as Idefics3. Older releases refuse a tile of which tokens have left."""
+
+    name: ClassVar[str] = "smolvlm"
+    model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
+    since: ClassVar[Mapping[str, str]] = {"image": "5.21"}

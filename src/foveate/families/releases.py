@@ -9,6 +9,9 @@ from foveate.errors import MissingDependency
 #: The oldest that is served.
 FLOOR = "5.18"
 
+#: The first whose ``generate`` hands pictures on to a prompt that is read in chunks; older ones drop them.
+CHUNKS = "5.23"
+
 
 def installed() -> str:
     """Return the version of the installed transformers."""
