@@ -22,6 +22,7 @@ from foveate.families import Picture, family_of
 from tests.engine.probes import Coin, peek, watch
 from tests.engine.test_nothing_left import _state
 from tests.families.matrix import model_of
+from tests.models import chunked
 from tests.zoo.inputs import Batch, batch, one_row
 from tests.zoo.models import GREEDY, IMAGE, placeholders
 from tests.zoo.reference import reference_logits
@@ -225,7 +226,11 @@ def test_tokens_stand_where_the_processor_cut_the_picture(height: int, width: in
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}, {"prefill_chunk_size": 3}],
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+        pytest.param({"prefill_chunk_size": 3}, marks=chunked),
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_ways_to_generate(options: dict[str, Any]) -> None:
