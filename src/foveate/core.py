@@ -7,6 +7,7 @@ images of equal shape and calls the method under `torch.vmap`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,6 +88,11 @@ class Evidence:
     def n(self) -> int:
         """Tokens alive."""
         return self.features.shape[0]
+
+    @property
+    def filled_grid(self) -> tuple[int, int, int]:
+        """The grid, or one row where the tokens do not fill it."""
+        return self.grid if math.prod(self.grid) == self.n else (1, 1, self.n)
 
     def by_crop(self) -> tuple[Int[Tensor, " c"], ...]:
         """Return the tokens of each crop, rising; one crop when nothing is known of crops."""
@@ -295,6 +301,25 @@ class LayerMethod(Method):
 
     def expected(self, alive: int, total: int, site: int, n_layers: int) -> int:
         return budget.stage_keep(dict(self.schedule(total, n_layers))[site], alive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyMethod(LayerMethod):
+    """A `LayerMethod` whose paper lets tokens leave once, early: before layer 2, or 1 in an LLM of under 24 layers.
+
+    Args:
+        layer: The layer before which tokens leave where ``stages`` names none, >= 1.
+    """
+
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer is not None and (self.stages is not None or self.layer < 1):
+            raise BudgetError(f"layer is >= 1 and goes without stages, got {self.layer}", "stages=3@0.5 names layer 3")
+
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        return (min(2, *budget.at_depths([1 / 16], n_layers)) if self.layer is None else self.layer,)
 
 
 @dataclass(frozen=True, kw_only=True)

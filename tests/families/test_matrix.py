@@ -11,7 +11,7 @@ from PIL import Image
 
 import foveate
 from foveate.families import FAMILIES
-from tests.families.matrix import ATTENTION, SERVED, cases, inputs_of, measure, model_of
+from tests.families.matrix import ATTENTION, SERVED, WHOLE, cases, inputs_of, measure, model_of
 from tests.zoo.models import GREEDY, NAMES, model_type, placeholders
 
 
@@ -23,7 +23,7 @@ def test_dropped_equals_masked(name: str, kind: str, spec: str, impl: str) -> No
 
 
 @pytest.mark.parametrize("impl", ATTENTION)
-@pytest.mark.parametrize("name", [name for name in NAMES if model_type(name) in SERVED and name != "gemma4_shared"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_keeping_all_is_the_plain_model(name: str, impl: str) -> None:
     model, inputs = model_of(name, impl), inputs_of(name, "image")
     settings = {**GREEDY, "max_new_tokens": 3, "suppress_tokens": placeholders(model)}
@@ -34,7 +34,7 @@ def test_keeping_all_is_the_plain_model(name: str, impl: str) -> None:
     assert torch.equal(same.sequences, plain.sequences)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if model_type(name) in SERVED and name != "gemma4_shared"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_report_can_be_drawn_and_read_back(name: str) -> None:
     model, inputs = model_of(name, "sdpa"), inputs_of(name, "image")
     with foveate.compress(model, "random:keep=3") as handle:

@@ -43,6 +43,18 @@ from foveate.families.releases import installed, upgrade
 from foveate.selection import select_all
 
 
+def find_pictures(
+    family: Family, model: Any, pictures: Mapping[str, Sequence[Picture]], mask: Tensor, arguments: Mapping[str, Any]
+) -> Layout:
+    """Find the tokens of each picture of a call in its prompts."""
+    return sequence.find(
+        mask,
+        {m: family.placeholders(model, m, arguments["input_ids"], arguments) for m in pictures},
+        {m: [len(picture.rows) for picture in each] for m, each in pictures.items()},
+        {m: [picture.visual for picture in each] for m, each in pictures.items()},
+    )
+
+
 class PromptPart:
     """Wraps ``generate`` and ``forward`` of one model instance."""
 
@@ -227,12 +239,7 @@ class PromptPart:
         ids, mask = arguments["input_ids"], self._mask(arguments)
         clock = Clock(ids.device)
         outputs, pictures, records, taken = self._encode(arguments, media, clock)
-        layout = sequence.find(
-            mask,
-            {modality: self._family.placeholders(self._model, modality, ids, arguments) for modality in media},
-            {modality: [len(picture.rows) for picture in each] for modality, each in pictures.items()},
-            {modality: [picture.visual for picture in each] for modality, each in pictures.items()},
-        )
+        layout = find_pictures(self._family, self._model, pictures, mask, arguments)
         images = self._see(layout, ids, pictures)
         with clock.section("select"):
             keeps = self._select(images, records)

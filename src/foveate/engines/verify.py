@@ -16,9 +16,9 @@ from torch import Tensor
 
 from foveate import registry
 from foveate.core import Method, Selection
-from foveate.engines import sequence
 from foveate.engines.base import compress
 from foveate.engines.masks import layer_kinds
+from foveate.engines.prompt import find_pictures
 from foveate.engines.state import Frame
 from foveate.engines.turns import PER_TOKEN
 from foveate.errors import UnsupportedCall, UnsupportedMethod, UnsupportedModel
@@ -145,12 +145,7 @@ def masked_logits(
     real = torch.cat([mask.bool(), mask.new_ones(batch, total - length, dtype=torch.bool)], 1).to(device)
     outputs = {m: family.encode(model, m, inputs)[0] for m in _media(family, inputs)}
     pictures = {m: list(family.pictures(model, m, output, inputs)) for m, output in outputs.items()}
-    layout = sequence.find(
-        mask,
-        {m: family.placeholders(model, m, ids, inputs) for m in outputs},
-        {m: [len(picture.rows) for picture in each] for m, each in pictures.items()},
-        {m: [picture.visual for picture in each] for m, each in pictures.items()},
-    )
+    layout = find_pictures(family, model, pictures, mask, inputs)
     layers = family.layers(model)
     alive, each, merged = real.clone(), [], []
     for layer in range(len(layers)):

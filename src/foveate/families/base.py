@@ -33,6 +33,9 @@ LAYER_ARGUMENTS = frozenset(
     {"hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "kwargs"}
 )
 
+#: Names under which pixels are passed.
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "linear_attention"})
 
 #: What to do where tokens cannot leave inside the LLM.
@@ -48,7 +51,11 @@ class Family:
         modalities: What it compresses.
         positions: Position policies that are legal; the first is the default where a method has no opinion.
         since: The first transformers whose own model reads a modality, where the oldest that is served does not.
-        media_arguments: Names under which pixels are passed, by modality.
+        decoder_path: Where the language model is in the base model.
+        tower_path: Where the vision encoder is in the base model.
+        encoder_path: Where the layers are in the vision encoder.
+        attention_path: Where attention is in an encoder layer.
+        cls: Whether row 0 of the encoder is a CLS token, where the family has one kind of tower; None: `TOWERS` tells.
         former_names: Older names of arguments, with those of today.
         row_arguments: Arguments of a decoder layer with one row per token, which leave with the tokens.
         other_arguments: Those that this family's layers take besides, and that say nothing of single tokens.
@@ -62,13 +69,22 @@ class Family:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     positions: ClassVar[tuple[str, ...]] = ("original", "packed")
     since: ClassVar[Mapping[str, str]] = {}
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values"}
+    decoder_path: ClassVar[str] = "language_model"
+    tower_path: ClassVar[str] = "vision_tower"
+    encoder_path: ClassVar[str] = "encoder.layers"
+    attention_path: ClassVar[str] = "self_attn"
+    cls: ClassVar[bool | None] = None
     former_names: ClassVar[Mapping[str, str]] = {}
     row_arguments: ClassVar[frozenset[str]] = frozenset()
     other_arguments: ClassVar[frozenset[str]] = frozenset()
     first_position: ClassVar[int] = 0
     answer_type: ClassVar[int] = 0
     causal: ClassVar[bool] = True
+
+    @property
+    def media_arguments(self) -> dict[str, str]:
+        """Names under which pixels are passed, by modality."""
+        return {modality: PIXELS[modality] for modality in self.modalities}
 
     def variant(self, model: Any) -> Family:
         """The family that serves a model of these types: this one, unless its encoder is another one's."""
@@ -89,9 +105,7 @@ class Family:
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The language model."""
-        decoder = self.base(model).language_model
-        assert isinstance(decoder, nn.Module)
-        return decoder
+        return self.base(model).get_submodule(self.decoder_path)
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers."""
@@ -113,20 +127,18 @@ class Family:
 
     def tower(self, model: nn.Module, modality: str) -> nn.Module:
         """The vision encoder."""
-        tower = self.base(model).vision_tower
-        assert isinstance(tower, nn.Module)
-        return tower
+        return self.base(model).get_submodule(self.tower_path)
 
     def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
         """The layers of the vision encoder."""
         tower: Any = self.tower(model, modality)
-        layers = getattr(tower, "vision_model", tower).encoder.layers
+        layers = getattr(tower, "vision_model", tower).get_submodule(self.encoder_path)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
     def encoder_attention(self, layer: nn.Module) -> nn.Module:
         """The attention module of an encoder layer."""
-        return layer.get_submodule("self_attn")
+        return layer.get_submodule(self.attention_path)
 
     def feature_layer(self, model: Any) -> int:
         """Index of the encoder layer whose output the LLM reads."""
@@ -142,7 +154,7 @@ class Family:
 
     def has_cls(self, model: Any) -> bool:
         """Whether row 0 of the encoder is a CLS token."""
-        return TOWERS[self.tower_type(model)]
+        return TOWERS[self.tower_type(model)] if self.cls is None else self.cls
 
     def stretches(self, model: Any) -> int:
         """In how many equal stretches an encoder forward falls, each of which begins with a CLS token of its own."""
@@ -151,7 +163,8 @@ class Family:
     def provides(self, model: Any) -> frozenset[str]:
         """The evidence this model can give."""
         always = frozenset({"coordinates", "text", "seed"}) | DECODER_EVIDENCE
-        return always | ENCODER_EVIDENCE if self.tower_type(model) in TOWERS else always
+        understood = self.cls is not None or self.tower_type(model) in TOWERS
+        return always | ENCODER_EVIDENCE if understood else always
 
     def check(self, model: Any) -> None:
         """Refuse a model of the right type that this family cannot serve.

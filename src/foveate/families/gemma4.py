@@ -23,7 +23,6 @@ class Gemma4(Family):
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     since: ClassVar[Mapping[str, str]] = {"video": "5.23"}
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
     row_arguments: ClassVar[frozenset[str]] = frozenset({"per_layer_input"})
     other_arguments: ClassVar[frozenset[str]] = frozenset({"shared_kv_states"})
     causal: ClassVar[bool] = False

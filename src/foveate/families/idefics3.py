@@ -22,16 +22,8 @@ class Idefics3(Family):
 
     name: ClassVar[str] = "idefics3"
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
-
-    def decoder(self, model: nn.Module) -> nn.Module:
-        decoder = self.base(model).text_model
-        assert isinstance(decoder, nn.Module)
-        return decoder
-
-    def tower(self, model: nn.Module, modality: str) -> nn.Module:
-        tower = self.base(model).vision_model
-        assert isinstance(tower, nn.Module)
-        return tower
+    decoder_path: ClassVar[str] = "text_model"
+    tower_path: ClassVar[str] = "vision_model"
 
     def pictures(self, model: nn.Module, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[Picture]:
         connector: Any = self.base(model).connector

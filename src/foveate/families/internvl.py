@@ -24,15 +24,8 @@ class InternVL(Family):
 
     name: ClassVar[str] = "internvl"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
-
-    def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
-        tower: Any = self.tower(model, modality)
-        layers = tower.encoder.layer
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def encoder_attention(self, layer: nn.Module) -> nn.Module:
-        return layer.get_submodule("attention")
+    encoder_path: ClassVar[str] = "encoder.layer"
+    attention_path: ClassVar[str] = "attention"
 
     def check(self, model: Any) -> None:
         strategy = model.config.vision_feature_select_strategy

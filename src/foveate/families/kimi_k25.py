@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.core import ENCODER_EVIDENCE
 from foveate.families.base import Family
 from foveate.families.picture import Picture
 
@@ -23,21 +22,9 @@ class KimiK25(Family):
     name: ClassVar[str] = "kimi_k25"
     model_types: ClassVar[tuple[str, ...]] = ("kimi_k25",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
-
-    def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
-        layers = self.tower(model, modality).layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def encoder_attention(self, layer: nn.Module) -> nn.Module:
-        return layer.get_submodule("attn")
-
-    def has_cls(self, model: Any) -> bool:
-        return False
-
-    def provides(self, model: Any) -> frozenset[str]:
-        return super().provides(model) | ENCODER_EVIDENCE
+    encoder_path: ClassVar[str] = "layers"
+    attention_path: ClassVar[str] = "attn"
+    cls: ClassVar[bool | None] = False
 
     def segments(self, model: nn.Module, modality: str, arguments: Mapping[str, Any], states: Tensor) -> list[int]:
         sizes: list[int] = arguments[f"{modality}_grid_thw"].prod(-1).tolist()

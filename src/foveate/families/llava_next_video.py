@@ -23,7 +23,6 @@ class LlavaNextVideo(AnyRes):
     name: ClassVar[str] = "llava_next_video"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def pictures(self, model: Any, modality: str, output: Any, arguments: Mapping[str, Any]) -> list[Picture]:
         if modality == "image":

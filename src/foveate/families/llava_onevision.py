@@ -28,7 +28,6 @@ class LlavaOnevision(AnyRes):
     name: ClassVar[str] = "llava_onevision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def tiles(self, model: Any, sizes: Sequence[Any], arguments: Mapping[str, Any]) -> list[int]:
         counts = super().tiles(model, sizes, arguments)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.core import ENCODER_EVIDENCE
 from foveate.families.base import Family
 from foveate.families.picture import Picture
 
@@ -25,19 +24,13 @@ class MiniCPMV46(Family):
     model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     since: ClassVar[Mapping[str, str]] = {"image": "5.19", "video": "5.19"}
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    cls: ClassVar[bool | None] = False
 
     def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
         tower: Any = self.tower(model, modality)
         layers = tower.encoder.layers[tower.config.insert_layer_id + 1 :]
         assert isinstance(layers, nn.ModuleList)
         return layers
-
-    def has_cls(self, model: Any) -> bool:
-        return False
-
-    def provides(self, model: Any) -> frozenset[str]:
-        return super().provides(model) | ENCODER_EVIDENCE
 
     def patches(self, model: nn.Module, states: Tensor) -> Tensor:
         return states[0]

@@ -18,15 +18,8 @@ class Mistral3(Family):
 
     name: ClassVar[str] = "mistral3"
     model_types: ClassVar[tuple[str, ...]] = ("mistral3",)
-
-    def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
-        tower: Any = self.tower(model, modality)
-        layers = tower.transformer.layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def encoder_attention(self, layer: nn.Module) -> nn.Module:
-        return layer.get_submodule("attention")
+    encoder_path: ClassVar[str] = "transformer.layers"
+    attention_path: ClassVar[str] = "attention"
 
     def patches(self, model: nn.Module, states: Tensor) -> Tensor:
         return states[0]

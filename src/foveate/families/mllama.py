@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.errors import UnsupportedCall
@@ -29,17 +29,9 @@ class Mllama(CrossFamily):
 
     name: ClassVar[str] = "mllama"
     model_types: ClassVar[tuple[str, ...]] = ("mllama",)
-
-    def tower(self, model: nn.Module, modality: str) -> nn.Module:
-        tower = self.base(model).vision_model
-        assert isinstance(tower, nn.Module)
-        return tower
-
-    def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
-        local: Any = self.tower(model, modality).transformer
-        layers = local.layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+    tower_path: ClassVar[str] = "vision_model"
+    encoder_path: ClassVar[str] = "transformer.layers"
+    cls: ClassVar[bool | None] = True
 
     def feature_layer(self, model: Any) -> int:
         depth, taken = len(self.encoder_layers(model, "image")), model.config.vision_config.intermediate_layers_indices
@@ -47,9 +39,6 @@ class Mllama(CrossFamily):
 
     def cross_layers(self, model: Any) -> list[int]:
         return sorted(model.config.get_text_config().cross_attention_layers)
-
-    def has_cls(self, model: Any) -> bool:
-        return True
 
     def stretches(self, model: Any) -> int:
         return int(model.config.vision_config.max_num_tiles)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from foveate.core import ENCODER_EVIDENCE
 from foveate.errors import UnsupportedCall
 from foveate.families.base import Family
 from foveate.families.picture import Picture
@@ -27,28 +26,12 @@ class Mrope(Family):
 
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     positions: ClassVar[tuple[str, ...]] = ("original",)
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    tower_path: ClassVar[str] = "visual"
+    encoder_path: ClassVar[str] = "blocks"
+    attention_path: ClassVar[str] = "attn"
+    cls: ClassVar[bool | None] = False
 
-    # -- the tower: no CLS token, and the merger reads its last block
-
-    def tower(self, model: nn.Module, modality: str) -> nn.Module:
-        return self.base(model).get_submodule("visual")
-
-    def encoder_layers(self, model: nn.Module, modality: str) -> nn.ModuleList:
-        blocks = self.tower(model, modality).get_submodule("blocks")
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
-
-    def encoder_attention(self, layer: nn.Module) -> nn.Module:
-        return layer.get_submodule("attn")
-
-    def has_cls(self, model: Any) -> bool:
-        return False
-
-    def provides(self, model: Any) -> frozenset[str]:
-        return super().provides(model) | ENCODER_EVIDENCE
-
-    # -- from pixels to tokens
+    # -- from pixels to tokens; the merger reads the last block
 
     def encode(self, model: nn.Module, modality: str, arguments: Mapping[str, Any]) -> tuple[Any, set[str]]:
         output, taken = super().encode(model, modality, arguments)

@@ -24,7 +24,6 @@ class VideoLlava(Llava):
     name: ClassVar[str] = "video_llava"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
-    media_arguments: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
     former_names: ClassVar[Mapping[str, str]] = {"pixel_values_images": "pixel_values"}
 
     def tower(self, model: nn.Module, modality: str) -> nn.Module:

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from foveate.budget import at_depths
-from foveate.core import Evidence, LayerMethod, Selection
+from foveate.core import EarlyMethod, Evidence, Selection
 from foveate.errors import BudgetError
 from foveate.ops import descending, ranks, shares, unit
 from foveate.registry import register
@@ -16,7 +15,7 @@ from foveate.registry import register
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DART(LayerMethod):
+class DART(EarlyMethod):
     """Keep a few pivots, and the tokens that are least like them.
 
     Paper: DART, EMNLP 2025, arXiv 2502.11494, method section; counts from the code (ZichenWen1/DART).
@@ -55,17 +54,11 @@ class DART(LayerMethod):
     shares: ClassVar[tuple[float, ...]] = (128 / 576,)
 
     pivots: int = 4
-    layer: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pivots < 1:
             raise BudgetError(f"pivots must be >= 1, got {self.pivots}", "the paper has 4")
-        if self.layer is not None and (self.stages is not None or self.layer < 1):
-            raise BudgetError(f"layer is >= 1 and goes without stages, got {self.layer}", "stages=3@0.5 names layer 3")
-
-    def layers(self, n_layers: int) -> tuple[int, ...]:
-        return (min(2, *at_depths([1 / 16], n_layers)) if self.layer is None else self.layer,)
 
     def select(self, evidence: Evidence, site: int) -> Selection:
         k = self.expected(evidence.n, evidence.total, site, evidence.depth)

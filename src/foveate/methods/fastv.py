@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate.budget import at_depths
-from foveate.core import Evidence, LayerMethod, Selection
-from foveate.errors import BudgetError
+from foveate.core import EarlyMethod, Evidence, Selection
 from foveate.ops import last_row, top_k
 from foveate.registry import register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class FastV(LayerMethod):
+class FastV(EarlyMethod):
     """Keep, from an early layer of the LLM on, the tokens that the last prompt token attends to.
 
     Paper: FastV, ECCV 2024, arXiv 2403.06764, method section.
@@ -47,16 +45,6 @@ class FastV(LayerMethod):
     name: ClassVar[str] = "fastv"
     needs: ClassVar[frozenset[str]] = frozenset({"relevance"})
     shares: ClassVar[tuple[float, ...]] = (0.5,)
-
-    layer: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layer is not None and (self.stages is not None or self.layer < 1):
-            raise BudgetError(f"layer is >= 1 and goes without stages, got {self.layer}", "stages=3@0.5 names layer 3")
-
-    def layers(self, n_layers: int) -> tuple[int, ...]:
-        return (min(2, *at_depths([1 / 16], n_layers)) if self.layer is None else self.layer,)
 
     def select(self, evidence: Evidence, site: int) -> Selection:
         scores = last_row(evidence.require("relevance"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,8 +48,7 @@ class Grid(PromptMethod):
         return Selection(keep=torch.tensor(centres, device=evidence.features.device))
 
     def _cells(self, evidence: Evidence) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        n = evidence.n
-        return cells(evidence.grid if math.prod(evidence.grid) == n else (1, 1, n), self.count(n))
+        return cells(evidence.filled_grid, self.count(evidence.n))
 
 
 @register

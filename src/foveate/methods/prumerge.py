@@ -135,5 +135,5 @@ class PruMergePlus(PruMerge):
             raise BudgetError(f"uniform must be in [0, 1], got {self.uniform}", "uniform=0.75 leaves a quarter")
 
     def sure(self, evidence: Evidence, k: int) -> tuple[int, ...]:
-        few, n = min(k - 1, math.floor(self.uniform * k + 0.5)), evidence.n
-        return cells(evidence.grid if math.prod(evidence.grid) == n else (1, 1, n), few)[1] if few else ()
+        few = min(k - 1, math.floor(self.uniform * k + 0.5))
+        return cells(evidence.filled_grid, few)[1] if few else ()
