@@ -76,6 +76,45 @@ def test_the_prompts_may_be_others_as_long_as_the_pictures_are_not() -> None:
     assert differ(output.logits, reference) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        ("evocut:keep=9", "evocut:keep=5"),
+        ("adav:keep=6", "adav:keep=10"),
+        ("adav:keep=6", "random:keep=5"),
+        ("random:keep=6", "v2drop:stages=1@0.5"),
+        ("v2drop:stages=1@0.5", "fastv:stages=2@0.5"),
+        ("todre:keep=8", "todre:keep=5"),
+    ],
+)
+def test_another_budget_or_method_selects_from_what_the_encoder_made(first: str, other: str) -> None:
+    (model, _), inputs = pair(), _ask(QUESTIONS[0])
+    with compress(model, other) as handle, torch.no_grad():
+        fresh, alone = model(**inputs).logits, handle.report
+    with compress(model, first) as handle, _encoding(model) as passes, torch.no_grad():
+        model(**inputs)
+        handle.reselect(other)
+        again = model(**inputs).logits
+        assert len(passes) == 1 and handle.method == foveate.from_spec(other)
+        assert [i.stages for i in handle.report.images] == [i.stages for i in alone.images]
+        assert torch.equal(again, fresh)
+        model(**inputs)
+        assert len(passes) == 2, "the method stays, the pictures are read anew"
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("wrong", ["nonsense:keep=3", "evocut:keep=0", "v2drop:stages=99@0.5", "evocut:keep=5"])
+def test_a_method_that_cannot_be_reselected_leaves_the_handle_as_it_was(wrong: str) -> None:
+    (model, _), inputs = pair(), _ask(QUESTIONS[0])
+    with compress(model, "adav:keep=6") as handle, _encoding(model) as passes, torch.no_grad():
+        before = model(**inputs).logits
+        with pytest.raises(foveate.FoveateError):
+            handle.reselect(wrong)
+        assert handle.method == foveate.from_spec("adav:keep=6")
+        handle.reselect()
+        assert torch.equal(model(**inputs).logits, before) and len(passes) == 1
+
+
 def test_only_the_next_call_is_meant() -> None:
     (model, _), inputs = pair(), _ask(QUESTIONS[0])
     with compress(model, "evocut:keep=5") as handle, _encoding(model) as passes:

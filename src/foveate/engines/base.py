@@ -28,10 +28,14 @@ class Handle:
     """A method attached to a model. Take it off with ``remove()``, or use it in a ``with`` statement."""
 
     def __init__(self, model: Any, method: Method, family: Family) -> None:
-        self.model, self.method, self.family = model, method, family
+        self.model, self.family = model, family
         self._attachment, self._frames = Attachment(), Frames()
         self._last: Frame | None = None
         self._calls = 0
+        self._attach(method)
+
+    def _attach(self, method: Method) -> None:
+        model, family, self.method = self.model, self.family, method
         layers = family.layers(model)
         prompt, inner = _split(method, family, model)
         if inner and isinstance(family, CrossFamily):
@@ -76,16 +80,33 @@ class Handle:
         """The last call with pictures, with everything still on the device; for `verify` and for research."""
         return self._last
 
-    def reselect(self) -> None:
+    def reselect(self, method: Method | str | None = None) -> None:
         """Let the next call of this thread select anew from the pictures of the last one, without encoding them again.
 
         For a new question about the same pictures: it brings them again, in a new prompt with a new cache. Its report
         has no ``encode_ms``. The handle keeps what the encoder made, and the pictures themselves, until the next ones.
 
+        Args:
+            method: Another method from now on, in every thread: the same one with another budget, or any that reads
+                nothing of the encoder but what this one reads at the same place.
+
         Raises:
-            UnsupportedCall: If this thread has read no picture yet; the next call, if its pictures are not the same.
+            UnsupportedCall: If this thread has read no picture yet, or the encoder has not shown what the other method
+                reads (the handle stays as it was); the next call, if its pictures are not the same.
         """
-        self._prompt.encoder.reselect()
+        last = self._prompt.encoder.last
+        if method is not None:
+            former, built = self.method, registry.from_spec(method)
+            self._attachment.remove()
+            try:
+                self._attach(built)
+                self._prompt.encoder.check(last)
+            except BaseException:
+                self._attachment.remove()
+                self._attach(former)
+                self._prompt.encoder.adopt(last)
+                raise
+        self._prompt.encoder.adopt(last, again=True)
 
     def remove(self) -> None:
         """Leave the model as it was; a second time does nothing. The report stays."""

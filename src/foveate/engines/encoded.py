@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.core import Method
+from foveate.core import ENCODER_EVIDENCE, Method
 from foveate.engines.capture import EncoderCapture, Record
 from foveate.engines.state import Attachment, Clock, Frames
 from foveate.errors import UnsupportedCall
 from foveate.families import Family
+
+#: What of a method says what it reads of the encoder: its kind, and its options but the budget.
+Reader = tuple[type[Method], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Encoded:
         given: What it was given, by the names of the call's arguments, and which version of each tensor.
         outputs: What it gave, by modality.
         records: What it showed on the way.
+        shown: For which method that was, by its place.
     """
 
     given: Mapping[str, tuple[Any, int | None]]
     outputs: Mapping[str, Any]
     records: Mapping[str, Record]
+    shown: Mapping[int, Reader]
 
     def of(self, arguments: Mapping[str, Any], names: Sequence[str]) -> bool:
         """Whether a call brings the same pictures."""
@@ -46,21 +51,41 @@ class Encoder:
     ) -> None:
         self._model, self._family, self._frames = model, family, frames
         self._capture = EncoderCapture(model, family, methods, attachment)
+        self._readers = {
+            place: _reader(method) for place, method in enumerate(methods) if method.needs & ENCODER_EVIDENCE
+        }
         self._local = threading.local()
         attachment.add(self._forget)
 
-    def reselect(self) -> None:
-        """Let the next call of this thread select from what the encoder made for the last one.
+    @property
+    def last(self) -> Encoded:
+        """What the encoder made for the last call of this thread.
 
         Raises:
-            UnsupportedCall: If there is no last one.
+            UnsupportedCall: If there is none.
         """
-        if getattr(self._local, "last", None) is None:
+        last: Encoded | None = getattr(self._local, "last", None)
+        if last is None:
             raise UnsupportedCall(
                 "there is nothing to select from again: no picture was read in this thread",
                 "ask the first question without handle.reselect()",
             )
-        self._local.again = True
+        return last
+
+    def check(self, last: Encoded) -> None:
+        """Refuse what the encoder made for other methods, where it does not show what those here read."""
+        strange = [
+            kind.name for place, (kind, options) in self._readers.items() if last.shown.get(place) != (kind, options)
+        ]
+        if strange:
+            raise UnsupportedCall(
+                f"`{strange[0]}` reads of the encoder what the last call did not record",
+                "reselect the same method with another budget, or compress anew and encode again",
+            )
+
+    def adopt(self, last: Encoded, *, again: bool = False) -> None:
+        """Hold this as what the encoder made last; ``again``: let the next call of this thread select from it."""
+        self._local.last, self._local.again = last, again
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
@@ -101,10 +126,15 @@ class Encoder:
             record.arguments = {}  # they hold the cache
             records[modality], taken = record, taken | used
         given = {name: (arguments[name], _version(arguments[name])) for name in sorted(taken)}
-        return Encoded(given, outputs, records)
+        return Encoded(given, outputs, records, self._readers)
 
     def _forget(self) -> None:
         self._local = threading.local()
+
+
+def _reader(method: Method) -> Reader:
+    options = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "keep"}
+    return type(method), options
 
 
 def _version(value: Any) -> int | None:
