@@ -9,6 +9,7 @@ FoveateError
 ├── MissingEvidence(LookupError)      a method read what it did not declare
 ├── ContractError(RuntimeError)       a method returned an invalid Selection
 ├── NothingCompressed(RuntimeError)   tokens should have gone and did not
+├── TaskError(ValueError)             questions that are to be asked, or answers to go on from, cannot be read
 └── MissingDependency(ImportError)    a package is not installed or too old; says the install command
 """
 
@@ -65,6 +66,10 @@ class ContractError(FoveateError, RuntimeError):
 
 class NothingCompressed(FoveateError, RuntimeError):
     """Tokens should have gone and did not."""
+
+
+class TaskError(FoveateError, ValueError):
+    """Questions that are to be asked, or answers to go on from, cannot be read."""
 
 
 class MissingDependency(FoveateError, ImportError):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from foveate.report import Report
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 class UserError(FoveateError):
     """What the user passed to the command line cannot be used."""
 
@@ -152,8 +155,8 @@ def build(spec: str) -> Method:
         raise UserError(f"cannot read the method {spec!r}: {_first_line(error)}", hint) from error
 
 
-def load(name: str, device: str | None, *, exact: bool = False) -> tuple[Any, Any]:
-    """Return a supported model and its processor; on a CPU, or where ``exact``, in float32."""
+def load(name: str, device: str | None, *, exact: bool = False, dtype: str | None = None) -> tuple[Any, Any]:
+    """Return a supported model and its processor; where no dtype is told, on a CPU or where ``exact`` in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.logging import disable_progress_bar
@@ -162,6 +165,9 @@ def load(name: str, device: str | None, *, exact: bool = False) -> tuple[Any, An
     from foveate.families import FAMILIES, family_of
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"no such dtype: {dtype!r}", did_you_mean(dtype, DTYPES))
+    wanted = None if dtype is None else getattr(torch, dtype)
     try:
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
@@ -169,14 +175,14 @@ def load(name: str, device: str | None, *, exact: bool = False) -> tuple[Any, An
         raise UserError(f"device {where!r} cannot be used: {_first_line(error)}", hint) from error
     disable_progress_bar()
     if name == "demo":
-        return demo.load(where)
+        return demo.load(where, wanted)
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         known = [model_type for family in FAMILIES for model_type in family.model_types]
         if kind not in known:  # before gigabytes of weights are read
             raise UnsupportedModel(f"no family serves model_type {kind!r}", did_you_mean(kind, known))
-        dtype = torch.float32 if exact or where == "cpu" else "auto"
-        network: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        kept = torch.float32 if exact or where == "cpu" else "auto"
+        network: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=wanted or kept)
         processor: Any = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:  # transformers raises any of them
         hint = "pass 'demo', a folder with config.json, or the hub name of a vision-language model (needs a network)"
