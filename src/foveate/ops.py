@@ -14,8 +14,11 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-#: Above so many tokens the n x n cosine matrix costs more memory than it saves time.
+#: Above so many tokens the n x n matrix of products costs more memory than it saves time.
 _GRAM_LIMIT = 8192
+
+#: Below so large a share of the rows, each row's products alone take less time than the matrix of all.
+_GRAM_SHARE = 1 / 3
 
 
 def unit(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
@@ -140,26 +143,40 @@ def last_row(rows: Float[Tensor, "r n"]) -> Float[Tensor, " n"]:
 
 
 def greedy_diversity(
-    rows: Float[Tensor, "n d"], k: int, first: Int[Tensor, ""], objective: Literal["max_sum", "k_center"] = "max_sum"
+    rows: Float[Tensor, "n d"],
+    k: int,
+    first: Int[Tensor, ""] | None = None,
+    objective: Literal["max_sum", "k_center"] = "max_sum",
 ) -> Int[Tensor, " k"]:
     """j = argmin_i c_i, then c <- c + cos(x, x_j) (max_sum) or max(c, cos(x, x_j)) (k_center), c_j = +inf.
 
     Returns:
-        k different row indices in the order in which they were picked, ``first`` first.
+        k different row indices in the order in which they were picked, ``first`` first; left out, the loneliest.
     """
     x = unit(rows)
-    gram = x @ x.T if len(x) <= _GRAM_LIMIT else None
+    gram = _gram(x, k if first is not None else len(x))
     index = torch.arange(len(x), device=x.device)
-    pick = first.long()
+    pick = _loneliest(x, gram) if first is None else first.long()
     cost = torch.full_like(x[:, 0], 0.0 if objective == "max_sum" else float("-inf"))
     picks = [pick]
     for _ in range(k - 1):
-        row = x @ x.index_select(0, pick[None])[0] if gram is None else gram.index_select(0, pick[None])[0]
+        row = _products(x, gram, pick)
         cost = cost + row if objective == "max_sum" else torch.maximum(cost, row)
         cost = cost.masked_fill(index == pick, float("inf"))
         pick = cost.argmin()
         picks.append(pick)
     return torch.stack(picks)
+
+
+def _gram(x: Float[Tensor, "n d"], asked: int) -> Float[Tensor, "n n"] | None:
+    """The products of all rows with each other, where ``asked`` of them are worth it."""
+    return x @ x.T if _GRAM_SHARE * len(x) < asked and len(x) <= _GRAM_LIMIT else None
+
+
+def _products(x: Float[Tensor, "n d"], gram: Float[Tensor, "n n"] | None, j: Int[Tensor, ""]) -> Float[Tensor, " n"]:
+    """<x_i, x_j> for every i."""
+    row: Tensor = x @ x.index_select(0, j[None])[0] if gram is None else gram.index_select(0, j[None])[0]
+    return row
 
 
 def loneliest(rows: Float[Tensor, "n d"]) -> Int[Tensor, ""]:
@@ -168,9 +185,14 @@ def loneliest(rows: Float[Tensor, "n d"]) -> Int[Tensor, ""]:
     Two rows that are each other's nearest are equal, whatever rounding says.
     """
     x = unit(rows)
+    return _loneliest(x, _gram(x, len(x)))
+
+
+def _loneliest(x: Float[Tensor, "n d"], gram: Float[Tensor, "n n"] | None) -> Int[Tensor, ""]:
     index = torch.arange(len(x), device=x.device)
     found = [
-        (x[part] @ x.T).masked_fill(index == part[:, None], float("-inf")).max(dim=1) for part in index.split(1024)
+        (x[part] @ x.T if gram is None else gram).masked_fill(index == part[:, None], float("-inf")).max(dim=1)
+        for part in index.split(1024 if gram is None else len(x))
     ]
     nearest = torch.cat([part.indices for part in found])
     best = torch.cat([part.values for part in found]).argmin(0, keepdim=True)
@@ -189,7 +211,7 @@ def greedy_volume(rows: Float[Tensor, "n d"], k: int) -> Int[Tensor, " k"]:
         k different row indices in the order in which they were picked.
     """
     rows = rows.float()
-    gram = rows @ rows.T if len(rows) <= _GRAM_LIMIT else None
+    gram = _gram(rows, len(rows))  # rows one by one round otherwise, which decides near the rank
     index = torch.arange(len(rows), device=rows.device)
     gain = (rows * rows).sum(dim=1)
     least = 1e-6 * gain.max()
@@ -199,7 +221,7 @@ def greedy_volume(rows: Float[Tensor, "n d"], k: int) -> Int[Tensor, " k"]:
     for step in range(k):
         pick = torch.where(gain > least, gain, by_length).argmax()
         picks.append(pick)
-        row = rows @ rows.index_select(0, pick[None])[0] if gram is None else gram.index_select(0, pick[None])[0]
+        row = _products(rows, gram, pick)
         length = gain.index_select(0, pick[None])
         rest = row - basis[:step].index_select(1, pick[None])[:, 0] @ basis[:step]
         basis[step] = torch.where(length > least, rest / length.clamp(min=1e-20).sqrt(), 0.0)

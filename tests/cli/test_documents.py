@@ -32,8 +32,11 @@ def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run_and_are_short(example: Path, tmp_path: Path) -> None:
+    text = example.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    if "import ray" in text:
+        pytest.skip("runs in tests/examples: make test-ray")
     assert run(example, cwd=tmp_path).strip()
-    assert len(example.read_text(encoding="utf-8").splitlines()) <= 40
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: ``foveate run | demo | methods | families | verify``.
+"""The command line: ``foveate run | demo | methods | families | verify | serve``.
 
 Data goes to stdout, everything else to stderr. A mistake of the user ends in ``error:``, ``hint:`` and exit code 2.
 """
@@ -17,7 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from foveate.cli.advise import advise
 from foveate.cli.ask import Arm, UserError, ask, build, conditions, crops, load, open_picture, prepare
+from foveate.cli.bench import bench
+from foveate.cli.evaluate import evaluate
+from foveate.cli.serve import serve
 from foveate.cli.tables import family_rows, method_rows
 from foveate.errors import FoveateError
 
@@ -213,6 +217,11 @@ def verify(
     if not proof.ok:
         raise typer.Exit(1)
 
+
+app.command("eval")(evaluate)
+app.command()(serve)
+app.command("advise")(advise)
+app.command("bench")(bench)
 
 _ROWS = ("answer", "visual tokens", "per layer", "encode", "select", "prefill", "decode", "total", "KV cache of prompt")
 

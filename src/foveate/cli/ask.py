@@ -83,6 +83,8 @@ def ask(network: Any, processor: Any, inputs: Any, method: Method | None, limit:
 def _timed(network: Any, processor: Any, inputs: Any, limit: int) -> Timed:
     from transformers import LogitsProcessorList
 
+    from foveate.lab import chat
+
     def now() -> float:
         if network.device.type == "cuda":
             import torch
@@ -118,7 +120,7 @@ def _timed(network: Any, processor: Any, inputs: Any, limit: int) -> Timed:
         end = now()
     finally:
         del base.get_image_features
-    answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    (answer,) = chat.answers(processor, inputs, output)
     return Timed(answer, spent, (first.at or end) - begin, end - begin)
 
 
@@ -155,6 +157,21 @@ def build(spec: str) -> Method:
         raise UserError(f"cannot read the method {spec!r}: {_first_line(error)}", hint) from error
 
 
+def usable(device: str | None, dtype: str | None) -> tuple[str, Any]:
+    """Return where tensors go, and torch's dtype of a name; None where none was told."""
+    import torch
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"no such dtype: {dtype!r}", did_you_mean(dtype, DTYPES))
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
+        hint = "leave --device out, or pass --device cpu"
+        raise UserError(f"device {where!r} cannot be used: {_first_line(error)}", hint) from error
+    return where, None if dtype is None else getattr(torch, dtype)
+
+
 def load(name: str, device: str | None, *, exact: bool = False, dtype: str | None = None) -> tuple[Any, Any]:
     """Return a supported model and its processor; where no dtype is told, on a CPU or where ``exact`` in float32."""
     import torch
@@ -164,15 +181,7 @@ def load(name: str, device: str | None, *, exact: bool = False, dtype: str | Non
     from foveate import demo
     from foveate.families import FAMILIES, family_of
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"no such dtype: {dtype!r}", did_you_mean(dtype, DTYPES))
-    wanted = None if dtype is None else getattr(torch, dtype)
-    try:
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
-        hint = "leave --device out, or pass --device cpu"
-        raise UserError(f"device {where!r} cannot be used: {_first_line(error)}", hint) from error
+    where, wanted = usable(device, dtype)
     disable_progress_bar()
     if name == "demo":
         return demo.load(where, wanted)
@@ -194,20 +203,10 @@ def load(name: str, device: str | None, *, exact: bool = False, dtype: str | Non
 
 
 def prepare(network: Any, processor: Any, picture: Image.Image, question: str) -> Any:
-    """Return the model's inputs: the processor's chat template, or LLaVA-1.5's prompt where there is none."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        prompt = f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
-        inputs = processor(images=picture, text=prompt, return_tensors="pt")
-    return inputs.to(network.device, network.dtype)
+    """Return the model's inputs for one question about one picture."""
+    from foveate.lab import chat
+
+    return chat.prepare(network, processor, [[picture]], [question])
 
 
 def crops(processor: Any) -> bool:

@@ -84,16 +84,23 @@ class EncoderCapture:
         for place, method in enumerate(methods):
             if "encoder_fold" in method.needs:
                 for transition in method.encoder_layers(len(layers)):
-                    hook = layers[transition - 1].register_forward_hook(self._folder(place, method), with_kwargs=True)
-                    attachment.add(hook.remove)
+                    self._watch(layers[transition - 1], self._folder(place, method), attachment)
         places = {"feature": self._family.feature_layer(self._model), "last": len(layers) - 1}
         wanted: set[str] = {method.saliency_layer for method in methods if "encoder_saliency" in method.needs}
         early = {f"shallow {i}": m for i, m in enumerate(methods) if "encoder_shallow" in m.needs}
         places |= {name: method.shallow_layer(len(layers)) for name, method in early.items()}
         for name in sorted(wanted | early.keys()):
-            tap(self._family.encoder_attention(layers[places[name]]), self._saliency(name), attachment)
+            self._tap(self._family.encoder_attention(layers[places[name]]), self._saliency(name), attachment)
         if "encoder_keys" in needs:
-            tap(self._family.encoder_attention(layers[places["feature"]]), self._keys, attachment)
+            self._tap(self._family.encoder_attention(layers[places["feature"]]), self._keys, attachment)
+
+    def _watch(self, layer: nn.Module, hook: Callable[..., None], attachment: Attachment) -> None:
+        """Call ``hook`` with what one layer of the encoder got and gave."""
+        attachment.add(layer.register_forward_hook(hook, with_kwargs=True).remove)
+
+    def _tap(self, module: nn.Module, listen: Listener, attachment: Attachment) -> None:
+        """Let ``listen`` see the queries and keys of one attention module of the encoder."""
+        tap(module, listen, attachment)
 
     @contextmanager
     def recording(self, modality: str, arguments: Mapping[str, Any]) -> Iterator[Record]:

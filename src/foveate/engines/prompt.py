@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -306,28 +306,11 @@ class PromptPart:
         return images
 
     def _select(self, images: Sequence[Seen], records: Mapping[str, Record]) -> list[Tensor]:
-        """Run the methods of site 0 in order; each sees what the one before left. Return the tokens that stay."""
-        done = [seen.origin for seen in images]
-        for place, method in enumerate(self._methods):
-            shown = {modality: record.evidence(method, place) for modality, record in records.items()}
-            evidences = []
-            for seen in images:
-                rows: dict[str, Any] = {
-                    name: seen.picture.evidence(values)[seen.origin] for name, values in shown[seen.modality].items()
-                }
-                evidences.append(dataclasses.replace(seen.evidence, **rows))
-            for i, selection in enumerate(select_all(method, evidences, 0)):
-                if selection.stay is not None:
-                    really = Selection(keep=selection.stay.nonzero()[:, 0])
-                    selection = compose(dataclasses.replace(selection, stay=None), really)
-                seen, keep = images[i], selection.keep
-                seen.stages.append(Stage(0, method.name, seen.origin, seen.origin[keep], selection))
-                seen.origin = seen.origin[keep]
-                seen.evidence = seen.evidence.subset(selection)
-                done[i] = seen.origin
+        """Run the methods of site 0; return the tokens that stay."""
+        keeps = select_in_turn(enumerate(self._methods), images, records)
         for seen in images:
             seen.evidence = dataclasses.replace(seen.evidence, total=len(seen.origin))
-        return done
+        return keeps
 
     def _mask(self, arguments: Mapping[str, Any]) -> Tensor:
         """The 2-D mask of the prompts."""
@@ -340,3 +323,34 @@ class PromptPart:
             )
         assert isinstance(mask, Tensor)
         return mask
+
+
+def select_in_turn(
+    methods: Iterable[tuple[int, Method]], images: Sequence[Seen], records: Mapping[str, Record]
+) -> list[Tensor]:
+    """Run methods of site 0 in order; each sees what the one before left. Return the tokens that stay.
+
+    Args:
+        methods: Each with the place under which the encoder was recorded for it.
+        images: To be shortened.
+        records: What the encoder showed, by modality.
+    """
+    done = [seen.origin for seen in images]
+    for place, method in methods:
+        shown = {modality: record.evidence(method, place) for modality, record in records.items()}
+        evidences = []
+        for seen in images:
+            rows: dict[str, Any] = {
+                name: seen.picture.evidence(values)[seen.origin] for name, values in shown[seen.modality].items()
+            }
+            evidences.append(dataclasses.replace(seen.evidence, **rows))
+        for i, selection in enumerate(select_all(method, evidences, 0)):
+            if selection.stay is not None:
+                really = Selection(keep=selection.stay.nonzero()[:, 0])
+                selection = compose(dataclasses.replace(selection, stay=None), really)
+            seen, keep = images[i], selection.keep
+            seen.stages.append(Stage(0, method.name, seen.origin, seen.origin[keep], selection))
+            seen.origin = seen.origin[keep]
+            seen.evidence = seen.evidence.subset(selection)
+            done[i] = seen.origin
+    return done

@@ -40,8 +40,9 @@ class Answer:
 def read(path: Path) -> tuple[dict[str, Any], list[Answer]]:
     """Return the header and the answers of a log; of a run that went on, what its last header says.
 
-    Arms that could not run are in the header under ``refused``, with the reason. A last line without its line break
-    was cut short by a kill, and is dropped. A log that holds no complete line has an empty header.
+    ``commit`` names those of all starts. Arms that could not run are in the header under ``refused``, with the reason.
+    A last line without its line break was cut short by a kill, and is dropped. A log that holds no complete line has
+    an empty header.
 
     Raises:
         TaskError: If the log cannot be read, or one of its lines is broken.
@@ -52,12 +53,15 @@ def read(path: Path) -> tuple[dict[str, Any], list[Answer]]:
         raise TaskError(f"cannot read {path}: {error.strerror}", "pass the log of an evaluation") from error
     header: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    commits: dict[str, None] = {}
     answers = []
     for number, line in enumerate(lines, 1):
         row = _object(line)
         try:
             if row.keys() == {"run"}:
                 header |= row["run"]
+                refused |= header.get("refused", {})
+                commits |= dict.fromkeys([row["run"]["commit"]] if "commit" in row["run"] else [])
             elif row.keys() == {"refused"}:
                 refused |= row["refused"]
             else:
@@ -66,7 +70,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Answer]]:
             raise TaskError(f"{path}, line {number} is no answer", "remove that line; it is asked again") from error
     if answers and not header:
         raise TaskError(f"{path} does not say what was asked of whom", "its first line is the header of a run")
-    return header | ({"refused": refused} if refused else {}), answers
+    found = {"refused": refused, "commit": ", ".join(commits)}
+    return header | {name: value for name, value in found.items() if value}, answers
 
 
 def _object(line: bytes) -> dict[str, Any]:

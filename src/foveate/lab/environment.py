@@ -14,8 +14,8 @@ import transformers
 import foveate
 
 
-def environment() -> dict[str, str]:
-    """Return commit, versions and hardware."""
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """Return commit, versions and hardware; with a device, its name as well."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
@@ -26,7 +26,13 @@ def environment() -> dict[str, str]:
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
+        **({} if device is None else {"device": device_name(device)}),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or what kind of device it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def commit() -> str:

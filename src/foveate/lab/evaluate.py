@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +121,18 @@ class Run:
     # -- asking
 
     def _parts(self) -> Iterator[list[list[Item]]]:
-        """Yield rounds: each asks one question about each of at most ``batch`` groups of pictures."""
+        """Yield rounds about the same ``batch`` groups of pictures: each asks one question about each."""
         about: dict[tuple[str, ...], list[Item]] = defaultdict(list)
         for item in self.task.items:
             about[item.pictures].append(item)
         groups = list(about.values())
         for start in range(0, len(groups), self.batch):
-            rounds = zip_longest(*groups[start : start + self.batch])
-            part = [[item for item in asked if item is not None] for asked in rounds]
-            pictures = {key: self.task.open(key) for item in part[0] for key in item.pictures}
+            together = groups[start : start + self.batch]
+            pictures = {key: self.task.open(key) for items in together for key in items[0].pictures}
             self._open = pictures.__getitem__
-            yield part
+            rounds = [[item for item in asked if item is not None] for asked in zip_longest(*together)]
+            for _, same in groupby(rounds, lambda asked: [item.pictures for item in asked]):
+                yield list(same)
 
     def _write(self, out: Any, arm: Arm, items: list[Item]) -> int:
         try:

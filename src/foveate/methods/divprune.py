@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from foveate.core import Evidence, PromptMethod, Selection
-from foveate.ops import greedy_diversity, loneliest, ranks
+from foveate.ops import greedy_diversity, ranks
 from foveate.registry import register
 
 
@@ -43,6 +43,6 @@ class DivPrune(PromptMethod):
 
     def select(self, evidence: Evidence, site: int) -> Selection:
         k = self.count(evidence.n)
-        picks = greedy_diversity(evidence.features, k, loneliest(evidence.features), "k_center")
+        picks = greedy_diversity(evidence.features, k, objective="k_center")
         scores = 1.0 - ranks(picks, evidence.n, k).float() / k  # the order of picking; 0 where not picked
         return Selection(keep=picks.sort().values, scores=scores)
