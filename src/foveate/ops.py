@@ -18,7 +18,7 @@ from torch import Tensor
 _GRAM_LIMIT = 8192
 
 #: Below so large a share of the rows, each row's products alone take less time than the matrix of all.
-_GRAM_SHARE = 1 / 3
+_GRAM_SHARE = 1 / 5
 
 
 def unit(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:

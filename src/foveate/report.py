@@ -203,13 +203,15 @@ class Report:
             raise ValueError(f"not a foveate report: expected a JSON object, got {type(data).__name__}")
         return cls.from_dict(data)
 
-    def draw(self, image: Image | str | Path, index: int = 0, *, crop: bool = False) -> Image:
+    def draw(
+        self, image: Image | str | Path | Sequence[Image | str | Path], index: int = 0, *, crop: bool = False
+    ) -> Image:
         """Return the picture with the kept tokens crisp and the others dimmed.
 
         Where tokens leave inside the LLM, a token is the brighter the more layers it lives through.
 
         Args:
-            image: The picture that was asked about, or its path.
+            image: The picture that was asked about, or its path; of a video, all frames.
             index: Which entry of ``images``.
             crop: The processor cut the picture to its central square before it made tokens, as CLIP's does.
 
@@ -221,6 +223,35 @@ class Report:
         if not -len(self.images) <= index < len(self.images):
             raise IndexError(f"the report has {len(self.images)} images, got index {index}")
         return draw.tokens(image, self.images[index], crop=crop)
+
+    def save_html(
+        self,
+        path: str | Path,
+        *images: Image | str | Path | Sequence[Image | str | Path],
+        question: str = "",
+        answer: str | None = None,
+        full_answer: str | None = None,
+        crop: bool = False,
+    ) -> None:
+        """Write one page that shows this call: answers, kept tokens, stages, the fate of each token.
+
+        It needs no server and no network. A page with several budgets: `foveate.page`.
+
+        Args:
+            path: The file.
+            images: What was asked about, one for each of ``images``: a picture or its path, or the frames of a video.
+            question: What was asked.
+            answer: What the compressed model said.
+            full_answer: What it says with all tokens.
+            crop: The processor cut pictures to their central square before it made tokens, as CLIP's does.
+
+        Raises:
+            ValueError: If nothing has run yet.
+        """
+        from foveate import page
+
+        run, plain = page.Run(report=self, answer=answer), page.Plain(answer=full_answer)
+        page.save(path, images, [run], question=question, plain=plain, crop=crop)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))

@@ -30,15 +30,6 @@ def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
     assert (tmp_path / "kept.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_run_and_are_short(example: Path, tmp_path: Path) -> None:
-    text = example.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 40
-    if "import ray" in text:
-        pytest.skip("runs in tests/examples: make test-ray")
-    assert run(example, cwd=tmp_path).strip()
-
-
 @pytest.mark.parametrize(
     "page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name
 )

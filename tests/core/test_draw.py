@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from foveate import draw
+from foveate.draw.scene import FIRST, LINES, SECOND, Group, Scene, Text
 from foveate.report import ImageReport, Report, StageReport
 
 RED = (200, 30, 30)
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def red(width: int = 480, height: int = 360) -> Image.Image:
@@ -150,9 +153,117 @@ def test_a_sheet_has_room_for_every_panel_and_wraps_long_titles() -> None:
     assert long.height > short.height - 150
 
 
+def tiled(kept: tuple[int, ...] = (0, 9, 35)) -> ImageReport:
+    """Six tiles of 2 x 2 tokens and the whole after them."""
+    stage = StageReport(site=0, method="evocut", kept=kept, scores=tuple(map(float, range(28))))
+    return ImageReport(row=0, index=0, modality="image", grid=(7, 2, 2), tokens=28, stages=(stage,), alive=(3, 3))
+
+
+def film(frames: int = 6) -> ImageReport:
+    stage = StageReport(site=0, method="evocut", kept=tuple(range(0, 4 * frames, 5)))
+    return ImageReport(
+        row=0, index=0, modality="video", grid=(frames, 2, 2), tokens=4 * frames, stages=(stage,), alive=(5,)
+    )
+
+
+def test_tiles_are_put_together_and_the_whole_stands_beside_them() -> None:
+    """Token 9 is the second of tile 2, which lies at the right of three: column 5 of row 0."""
+    picture = draw.tokens(red(600, 400), tiled((0, 9, 27)))
+    whole, tiles = picture.crop((0, 0, 600, 400)), picture.crop((608, 0, 1208, 400))
+    assert picture.width == 1208
+    assert [t for t in range(4) if centre(whole, (2, 2), *divmod(t, 2)) == RED] == [3]
+    assert [t for t in range(24) if centre(tiles, (4, 6), *divmod(t, 6)) == RED] == [0, 5]
+
+
+def test_a_video_is_a_contact_sheet_with_every_frame_under_its_own_cells() -> None:
+    colours = [(200, 20 * number, 30) for number in range(12)]  # two frames make one row of tokens
+    frames = [Image.new("RGB", (400, 400), colour) for colour in colours]
+    sheet = draw.tokens(frames, film())
+    assert sheet.width == 4 * 220 + 5 * 18
+    lit = [number for number, colour in enumerate(colours) if has(sheet, colour)]
+    assert lit == [2 * frame for frame in range(6) if any(token // 4 == frame for token in range(0, 24, 5))]
+
+
+def has(picture: Image.Image, colour: tuple[int, int, int]) -> bool:
+    return any(pixel == colour for _, pixel in picture.getcolors(10**6) or ())
+
+
+def test_stages_show_what_is_alive_after_each() -> None:
+    strip = draw.stages(red(400, 400), inner(), width=100)
+    assert strip.width == 4 * 100 + 5 * 18  # all tokens, then three stages
+    top = strip.height - 18 - 100
+    shares = []
+    for panel in range(4):
+        part = strip.crop((18 + panel * 118, top, 118 + panel * 118, top + 100))
+        shares.append([not is_grey(centre(part, (2, 2), *divmod(token, 2))) for token in range(4)])
+    assert shares == [[True] * 4, [True, True, False, False], [False, True, False, False], [False] * 4]
+
+
+def test_two_methods_side_by_side_mark_what_only_one_kept() -> None:
+    def kept(*tokens: int) -> ImageReport:
+        stage = StageReport(site=0, method="m", kept=tokens)
+        return ImageReport(
+            row=0, index=0, modality="image", grid=(1, 2, 2), tokens=4, stages=(stage,), alive=(len(tokens),)
+        )
+
+    scene = draw.compare.scene(red(400, 400), kept(0, 1), kept(1, 2), ("a", "b"))
+    words = texts(scene)
+    assert {"a", "b", "1 only a", "1 only b", "1 both, without a line"} <= set(words)
+    picture = draw.compare(red(400, 400), kept(0, 1), kept(1, 2), ("a", "b"), width=400)
+    last = picture.crop((18 + 2 * 418, 0, picture.width, picture.height))
+    assert has(last, FIRST)
+    assert has(last, SECOND)
+    with pytest.raises(ValueError, match="two pictures: 4 tokens on"):
+        draw.compare(red(), kept(0), tiled())
+
+
+def texts(scene: Scene) -> list[str]:
+    found = []
+    for item in scene.items:
+        if isinstance(item, Text):
+            found.append(item.text)
+        elif isinstance(item, Group):
+            found += texts(item.scene)
+    return found
+
+
+def test_scores_of_a_report_are_mapped_by_panel() -> None:
+    picture = draw.scores(red(600, 400), tiled())
+    low, high = picture.getpixel((608 + 20, 20)), picture.getpixel((450, 300))  # token 0; the last of the whole
+    assert isinstance(low, tuple)
+    assert isinstance(high, tuple)
+    assert sum(high) > sum(low)
+    with pytest.raises(ValueError, match="gave no scores"):
+        draw.scores(red(), inner())
+
+
+def test_alive_of_several_reports_has_a_line_and_a_name_for_each() -> None:
+    one = Report(method="v2drop:keep=2", model="Llava", layers=4, images=(inner(),))
+    other = Report(method="other", model="Llava", layers=4, images=(inner(),))
+    picture = draw.alive(one, other)
+    assert has(picture, LINES[0])
+    assert has(picture, LINES[1])
+    assert {"v2drop:keep=2", "other"} <= set(texts(draw.alive.scene(one, other)))
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        draw.alive(*[one] * 7)
+
+
+def test_svg_has_the_same_cells_as_the_pixels() -> None:
+    """Whoever reads the paths of the mask finds the kept cells; pictures are stored once, text is text."""
+    svg = draw.tokens.svg(red(600, 400), tiled((0, 9, 27)))
+    root = ElementTree.fromstring(svg)
+    paths = [path.get("d", "") for path in root.iter(f"{SVG}path") if path.get("fill") == "#fff"]
+    assert paths == ["M300 200H600V400H300z", "M0 0H100V100H0zM500 0H600V100H500z"]
+    assert len(list(root.iter(f"{SVG}image"))) == 1
+    assert {use.get("href") for use in root.iter(f"{SVG}use")} == {f"#{next(root.iter(f'{SVG}image')).get('id')}"}
+    sheet = ElementTree.fromstring(draw.stages.svg(red(400, 400), inner()))
+    assert "before layer 2" in [text.text for text in sheet.iter(f"{SVG}text")]
+
+
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
+        (lambda: draw.tokens([], film()), "no picture to draw on"),
         (lambda: draw.kept(red(), (1, 2, 2), [4]), r"outside range\(4\)"),
         (lambda: draw.kept(red(), (1, 2, 2), [-1]), r"outside range\(4\)"),
         (lambda: draw.kept(red(), (1, 0, 2), []), "each at least 1"),

@@ -301,6 +301,14 @@ def test_a_model_that_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="no chat template") as caught:
         Reader(str(tmp_path), "evocut:keep=16")
     assert "chat_template=FILE" in str(caught.value.hint)
+    Reader(str(tmp_path), "evocut:keep=16", chat_template=str(demo.MODEL / "chat_template.jinja"))
+
+
+def test_a_model_is_loaded_as_told() -> None:
+    told = {"dtype": "bfloat16", "attn_implementation": "eager", "device_map": "meta"}
+    network = Reader("demo", "evocut:keep=16", **told).network
+    assert (network.dtype, network.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert network.device.type == "meta"
 
 
 # -- lmms-eval itself

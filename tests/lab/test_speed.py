@@ -253,10 +253,11 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch:
     assert (lines["ideal", "peak_memory", 1]["note"], lines["ideal", "peak_memory", 1]["median"]) == ("killed", "")
     assert "peak memory, of the full model's: <= 1 in 2 of 2" in done.stdout
     monkeypatch.undo()
-    for arguments in (commands[0], next(c for c in commands if c[-1] == "ideal")):
-        done_by_itself = subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=True)
-        found = json.loads(done_by_itself.stdout)
-        assert found["peak"] >= found["before"] > 10.0
+    alone = subprocess.run(
+        next(c for c in commands if c[-1] == "ideal"), env=environment(), capture_output=True, text=True, check=True
+    )
+    found = json.loads(alone.stdout)
+    assert found["peak"] >= found["before"] > 10.0
 
 
 def test_a_process_that_fails_says_why() -> None:
@@ -323,6 +324,7 @@ def test_a_table_shows_no_ratio_of_spreads_that_overlap(tmp_path: Path) -> None:
         for name, other in (("by_full", "full"), ("ratio", line["against"])):
             if line[name] and line["metric"] not in ("selection", "accounted"):
                 (low, high), (from_, to) = runs[line["arm"], line["metric"]], runs[other, metric]
-                assert (line[name] == "overlap") == (low <= to and from_ <= high), line
+                one = float(line[f"{name}_low"]) <= 1.0 <= float(line[f"{name}_high"])
+                assert (line[name] == "overlap") == ((low <= to and from_ <= high) or one), line
                 seen += 1
     assert seen > 20

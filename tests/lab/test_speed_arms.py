@@ -15,7 +15,7 @@ from foveate.lab.speed.operations import Operations
 from foveate.lab.speed.plan import Plan, with_budget
 from foveate.lab.speed.work import Work
 from tests.zoo.inputs import batch
-from tests.zoo.models import tiny
+from tests.zoo.models import NAMES, tiny
 
 SMALL = ["tiny", "tiny-next", "tiny-qwen"]
 
@@ -63,6 +63,22 @@ def test_the_ideal_answers_with_the_tokens_it_is_given() -> None:
         assert sample.answer == arms.method(f"random:keep={keep}", 1)[0].answer
         answers.add(sample.answer)
     assert len(answers) > 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mllama"])
+def test_every_family_has_an_ideal_and_batches(name: str) -> None:
+    arms = Arms(Work.of(tiny(name), dict(batch(name, rows=(1,)))), 1)
+    assert arms.full(2).answer == arms.full(1).answer * 2
+    for size in (1, 2):
+        assert arms.ideal(3, size).answer == arms.method("random:keep=3", size)[0].answer
+
+
+def test_a_picture_that_is_several_images_has_a_budget_for_each() -> None:
+    arms = Arms(Work.of(tiny("idefics3"), dict(batch("idefics3", rows=(1,)))), 0)
+    assert arms.work.sizes == (9, 9, 9)
+    plan = Plan.make(arms, ["grid", "v2drop:keep=0.5"], 3, quiet)
+    assert plan.entrants["grid:keep=3"].mean == 9 and plan.kept(3) == 9
+    assert plan.ideals == {"ideal": 3, "ideal:keep=5": 5}  # half of nine
 
 
 def test_where_text_looks_across_there_is_no_ideal() -> None:
@@ -117,6 +133,23 @@ def test_operations_by_formula_are_those_that_torch_counts(name: str) -> None:
     shape = SHAPES[name]
     if isinstance(shape, Llava):
         assert formula == pytest.approx(shape.first_token_gflop(it.tokens), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl_moe", "video_llava", "kimi_k25"])
+def test_operations_of_tiles_experts_two_towers_and_latent_heads(name: str) -> None:
+    model = tiny(name, "eager")
+    model.set_experts_implementation("eager")  # torch does not count the grouped kernel
+    it = Work.of(model, dict(batch(name, rows=(1,))))
+    counted = Operations.of(it)
+    assert counted is not None
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**it.inputs, logits_to_keep=1)
+    formula = counted.first_token_gflop([it.tokens] * len(it.family.layers(model)))
+    assert formula == pytest.approx(counter.get_total_flops() / 1e9, rel=0.05)
+
+
+def test_formulas_are_not_for_recurrent_layers() -> None:
+    assert Operations.of(Work.of(tiny("qwen3_5"), dict(batch("qwen3_5", rows=(1,))))) is None
 
 
 @every_shape

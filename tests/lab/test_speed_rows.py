@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_ratio_is_shown_exactly_where_the_quartiles_stand_apart(
 ) -> None:
     others = [value * second * (1 + noise * (i % 2)) for i, value in enumerate(first)]
     compared = Compared.of(first, "full", others)
-    apart = not Spread.of(first).overlaps(Spread.of(others))
+    apart = not Spread.of(first).overlaps(Spread.of(others)) and not compared.ratio.low <= 1.0 <= compared.ratio.high
     assert (compared.text != "overlap") == apart
     if apart:
         assert float(compared.text) == pytest.approx(compared.ratio.value, abs=1e-4)
@@ -99,3 +100,19 @@ def test_a_table_is_markdown_too() -> None:
     for make in TABLES.values():
         text = make(each).markdown().splitlines()
         assert len({line.count("|") for line in text}) == 1 and text[2].startswith("| `f")
+
+
+def test_the_page_has_its_tables_from_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("speed_page", Path(__file__).parents[2] / "docs" / "speed.py")
+    assert spec is not None and spec.loader is not None
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    write(tmp_path / "new.csv", whole())
+    (tmp_path / "former.csv").write_text("arm,metric,median\nfull,first_token,1.0\n")
+    blocks = ("new.csv stages", "new.csv promises", "former.csv stages", "none.csv costs")
+    text = "".join(f"<!-- {block}: begin, made -->\nstale\n<!-- {block}: end -->\n" for block in blocks)
+    made = docs.page(text)
+    assert "stale" not in made and docs.page(made) == made
+    assert stages(Lines(whole())).markdown() in made and "- peak memory, of the full model's: <= 1 in 1 of 1" in made
+    assert made.count("Not measured yet") == 2

@@ -21,12 +21,16 @@ from foveate.cli.advise import advise
 from foveate.cli.ask import Arm, UserError, ask, build, conditions, crops, load, open_picture, prepare
 from foveate.cli.bench import bench
 from foveate.cli.evaluate import evaluate
+from foveate.cli.record import around, record
 from foveate.cli.serve import serve
+from foveate.cli.studio import studio
 from foveate.cli.tables import family_rows, method_rows
 from foveate.errors import FoveateError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from foveate.report import Report
 
 DEMO_METHODS = ("evocut:keep=64", "todre:keep=64", "adav:keep=64", "v2drop:keep=64")
 PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
@@ -101,6 +105,10 @@ def run(
     draw: Annotated[
         Path | None, typer.Option(help="Write a picture of the kept tokens to this file.", show_default=False)
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page to this file: answers and kept tokens at several budgets.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     device: Device = None,
@@ -110,15 +118,26 @@ def run(
 
     picture, built = open_picture(image), build(method)
     if draw is not None:
-        _check_writable(draw)
+        _check_writable(draw, (*PICTURE_FORMATS, ".svg"))
+    if html is not None:
+        _check_writable(html, (".html", ".htm"))
     network, processor = load(model, device)
     inputs = prepare(network, processor, picture, question)
     plain, _ = ask(network, processor, inputs, None, max_new_tokens)
     timed, report = ask(network, processor, inputs, built, max_new_tokens)
     full, short = Arm.of(plain, report, compressed=False), Arm.of(timed, report)
     if draw is not None:
-        report.draw(picture, crop=crops(processor)).save(draw)
+        _draw(draw, picture, report, crops(processor))
         _note(f"wrote {draw}")
+    if html is not None:
+        from foveate import page
+
+        methods = around(built, min(seen.tokens for seen in report.images))
+        runs, refused = record(network, processor, inputs, methods, built, max_new_tokens)
+        full_arm = page.Plain(answer=full.answer, encode_ms=full.encode_ms, prefill_ms=full.prefill_ms)
+        start = [run.report.method for run in runs].index(to_spec(built))
+        page.save(html, [picture], runs, question=question, plain=full_arm, crop=crops(processor), start=start)
+        _note(f"wrote {html}" + "".join(f"; {to_spec(each)} cannot be met" for each in refused))
     spec, setting = to_spec(built), conditions(network)
     if as_json:
         answer = {"image": str(image), "question": question, "model": model, "method": spec, "conditions": setting}
@@ -220,6 +239,7 @@ def verify(
 
 app.command("eval")(evaluate)
 app.command()(serve)
+app.command()(studio)
 app.command("advise")(advise)
 app.command("bench")(bench)
 
@@ -255,9 +275,19 @@ def _note(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _check_writable(path: Path) -> None:
-    if path.suffix.lower() not in PICTURE_FORMATS:
-        raise UserError(f"cannot write a picture to {path}", f"let the name end in one of {', '.join(PICTURE_FORMATS)}")
+def _draw(path: Path, picture: Image.Image, report: Report, crop: bool) -> None:
+    from foveate import draw
+
+    if path.suffix.lower() == ".svg":
+        path.write_text(draw.tokens.svg(picture, report.images[0], crop=crop), encoding="utf-8")
+    else:
+        report.draw(picture, crop=crop).save(path)
+
+
+def _check_writable(path: Path, formats: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in formats:
+        what = "a page" if ".html" in formats else "a picture"
+        raise UserError(f"cannot write {what} to {path}", f"let the name end in one of {', '.join(formats)}")
     if not path.parent.is_dir():
         raise UserError(f"no such folder: {path.parent}", f"create it: mkdir -p {path.parent}")
 

@@ -151,6 +151,7 @@ class _Model(lmms):
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         from lmms_eval.api.instance import GenerationResult, TokenCounts
+        from transformers.utils.logging import tqdm
 
         def kind(one: tuple[int, Prompt, Mapping[str, Any]]) -> Hashable:
             return repr(one[2]), len(one[1].images), len(one[1].videos)
@@ -159,13 +160,15 @@ class _Model(lmms):
         results: list[Any] = [""] * len(requests)
         # A process with fewer requests than others is given some again, to no purpose here.
         asked = [i for i, request in enumerate(requests) if not request.metadata.get("__padding_only__")]
-        for batch in batches(((i, *self.prompt(requests[i])) for i in asked), kind, self.batch_size):
-            options, ends, rest = read_options(batch[0][2])
-            strange.update(rest)
-            answers = self.reader.answer([prompt for _, prompt, _ in batch], **options)
-            for (i, _, _), answer in zip(batch, answers, strict=True):
-                counts = TokenCounts(input_tokens=answer.read, output_tokens=answer.written)
-                results[i] = GenerationResult(cut_at(answer.text, ends), counts)
+        with tqdm(total=len(asked), desc="foveate", disable=self.rank != 0) as bar:
+            for batch in batches(((i, *self.prompt(requests[i])) for i in asked), kind, self.batch_size):
+                options, ends, rest = read_options(batch[0][2])
+                strange.update(rest)
+                answers = self.reader.answer([prompt for _, prompt, _ in batch], **options)
+                for (i, _, _), answer in zip(batch, answers, strict=True):
+                    counts = TokenCounts(input_tokens=answer.read, output_tokens=answer.written)
+                    results[i] = GenerationResult(cut_at(answer.text, ends), counts)
+                bar.update(len(batch))
         if strange:
             warnings.warn(
                 f"generate has no {', '.join(sorted(strange))}; these generation_kwargs did nothing", stacklevel=2
@@ -176,9 +179,10 @@ class _Model(lmms):
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """Score answers; as with lmms-eval's own models the number is a loss, and its tasks take the least."""
         from lmms_eval.api.instance import GenerationResult
+        from transformers.utils.logging import tqdm
 
         start, results = time.perf_counter(), list[Any]()
-        for request in requests:
+        for request in tqdm(requests, desc="foveate", disable=self.rank != 0):
             if len(request.args) < 6:
                 raise UnsupportedCall("an answer is to be scored without its question", "leave out acc_mutual_info")
             text, answer, to_visual, doc_id, task, split = request.args

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from foveate.lab.clients import BAD, Asked, Outcome, ask
@@ -215,7 +216,8 @@ def schema(port: int, examples: int) -> Row:
     checks = ["--checks", "not_a_server_error", "--max-examples", str(examples), "--seed", "1", "--continue-on-failure"]
     command = [sys.executable, "-m", "schemathesis.cli", "run", url, *checks, "--request-timeout", "60", "--no-color"]
     begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with TemporaryDirectory() as folder:  # schemathesis leaves a database where it runs
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     cases = re.search(r"(\d+) generated", done.stdout)
     if done.returncode or cases is None:
         sys.stderr.write(done.stdout + done.stderr)

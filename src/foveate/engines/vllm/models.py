@@ -122,16 +122,15 @@ class LlavaLike(Shortened):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         encoder: Any = self.vision_tower.vision_model.encoder
         config, layers = self.config.vision_config, encoder.layers
-        with self._mark_tower_model(vllm_config, "image"):
-            encoder.behind = nn.ModuleList(
-                type(layers[0])(
-                    config,
-                    quant_config=vllm_config.quant_config,
-                    prefix=f"{prefix}.vision_tower.vision_model.encoder.layers.{i}".lstrip("."),
-                    attn_cls=type(layers[0].self_attn.attn),
-                )
-                for i in range(len(layers), config.num_hidden_layers)
+        encoder.behind = nn.ModuleList(
+            type(layers[0])(
+                config,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.vision_tower.vision_model.encoder.layers.{i}".lstrip("."),
+                attn_cls=type(layers[0].self_attn.attn),
             )
+            for i in range(len(layers), config.num_hidden_layers)
+        )
         encoder.register_forward_hook(_run_behind)
 
     @property
@@ -233,10 +232,8 @@ def shortened(name: str) -> Any:
     if made is None:
         raise UnsupportedModel(f"{name} of this vLLM has no processor that is known", "pip install vllm==0.32.0")
 
-    plain: Any = InputProcessingContext
-
     def info(context: Any) -> Any:
-        hiding = _mixed(Context, plain)(context.model_config, context.tokenizer)
+        hiding = _mixed(Context, InputProcessingContext)(context.model_config, context.tokenizer)
         return _mixed(Info, type(made.info(context)))(hiding)
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
@@ -247,7 +244,6 @@ def shortened(name: str) -> Any:
     return MULTIMODAL_REGISTRY.register_processor(processor, info=info, dummy_inputs=made.dummy_inputs)(kind)
 
 
-@cache
 def _mixed(mixin: Any, upstream: Any) -> Any:
     return type(PREFIX + upstream.__name__, (mixin, upstream), {})
 

@@ -43,7 +43,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.lines: list[dict[str, str]] = []
-        self._plan, self._rows, self._constant = Plan(0, 0), list[Row](), dict[str, str]()
+        self._plan, self._rows, self._constant = Plan(0, ()), list[Row](), dict[str, str]()
 
     def measure(self, work: Work) -> bool:
         """Run the rounds; return whether they came to their end. After Ctrl-C, what is complete counts."""

@@ -9,7 +9,7 @@ see s and heads of total width w (all pairs are counted, also those that a causa
               and 2 d V for the logits of one row
 
 with W read from the model itself (of experts, the share that a token is sent to). Norms, rotations, activations and
-what a method computes are left out.
+what a method computes are left out; windows of a decoder and keys that layers share are counted as if they were not.
 """
 
 from __future__ import annotations
@@ -32,43 +32,42 @@ class Operations:
         encode_gflop: Encoder and all that brings its features to the decoder.
         text: Tokens that are not visual.
         weights: Of each decoder layer, those a token meets.
-        mixing: Width of all heads of each layer; 0 where none attends.
+        mixing: Width of all heads.
         head: Weights of the last product.
-        kv_bytes: Keys and values of one token in each layer; 0 where none are kept.
+        kv_bytes: Keys and values of one token in one layer.
     """
 
     encode_gflop: float
     text: int
     weights: tuple[float, ...]
-    mixing: tuple[int, ...]
+    mixing: int
     head: int
-    kv_bytes: tuple[int, ...]
+    kv_bytes: int
 
     @classmethod
     def of(cls, work: Work) -> Operations | None:
-        """Count a model's weights; None where text looks across at pictures, for which the formulas are others."""
-        if isinstance(work.family, CrossFamily):
-            return None
+        """Count a model's weights; None where the formulas are others: recurrent layers, text that looks across."""
         model, family = work.model, work.family
         config, layers = model.config.get_text_config(), family.layers(model)
+        if isinstance(family, CrossFamily) or not all(hasattr(layer, "self_attn") for layer in layers):
+            return None
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         row = getattr(config, "kv_lora_rank", None)  # keys and values are made from one short row
         per_token = row + config.qk_rope_head_dim if row else 2 * keys * width
-        attends = [hasattr(layer, "self_attn") for layer in layers]
         return cls(
             encode_gflop=_encode(work) / 1e9,
             text=work.text,
             weights=tuple(_weights(layer, _share(config)) for layer in layers),
-            mixing=tuple(config.num_attention_heads * width * here for here in attends),
+            mixing=config.num_attention_heads * width,
             head=model.get_output_embeddings().weight.numel(),
-            kv_bytes=tuple(per_token * model.dtype.itemsize * here for here in attends),
+            kv_bytes=per_token * model.dtype.itemsize,
         )
 
     def prefill_gflop(self, alive: Sequence[float]) -> float:
         """Operations of the decoder, given the visual tokens alive in each layer."""
-        layers = zip(self.weights, self.mixing, alive, strict=True)
-        flop = sum(2 * (self.text + n) * w + 4 * (self.text + n) ** 2 * m for w, m, n in layers)
+        layers = zip(self.weights, alive, strict=True)
+        flop = sum(2 * (self.text + n) * w + 4 * (self.text + n) ** 2 * self.mixing for w, n in layers)
         return float(flop + 2 * self.head) / 1e9
 
     def first_token_gflop(self, alive: Sequence[float]) -> float:
@@ -77,7 +76,7 @@ class Operations:
 
     def kv_mib(self, alive: Sequence[float]) -> float:
         """Keys and values of the prompt."""
-        return sum((self.text + n) * bytes_ for n, bytes_ in zip(alive, self.kv_bytes, strict=True)) / 2**20
+        return self.kv_bytes * sum(self.text + n for n in alive) / 2**20
 
 
 def _encode(work: Work) -> float:
@@ -86,10 +85,13 @@ def _encode(work: Work) -> float:
     base: Any = family.base(model)
     layers, config = family.encoder_layers(model, "image"), model.config.vision_config
     inside = {module for layer in layers for module in layer.modules()}
-    decoder = set(family.decoder(model).modules())
+    tower = family.tower(model, "image")
+    towers = [family.tower(model, modality) for modality in family.modalities]
+    others = [family.decoder(model), *(one for one in towers if one is not tower)]
+    elsewhere = {module for one in others for module in one.modules()}
     patches = after = 0
     for name, module in base.named_modules():
-        if module in inside or module in decoder or not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+        if module in inside or module in elsewhere or not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             continue
         embeds = "embed" in name or "patch_conv" in name
         patches += module.weight.numel() * embeds

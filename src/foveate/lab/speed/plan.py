@@ -25,7 +25,7 @@ class Entrant:
 
     Args:
         spec: The method.
-        keep: Tokens of the picture that the ideal it is compared with keeps: its own mean per decoder layer.
+        keep: Tokens of an image that the ideal it is compared with keeps: the method's own mean per decoder layer.
         alive: Visual tokens in each decoder layer.
         before: Whether it selects before the LLM.
         reads: Decoder layers to whose attention it listens.
@@ -57,14 +57,14 @@ class Plan:
     """Who takes part, and who does not.
 
     Args:
-        keep: The budget, in tokens of the picture.
-        tokens: All of them.
+        keep: The budget, in tokens of an image.
+        sizes: Visual tokens of each image.
         entrants: By spec.
         refused: Why a method (or an arm) cannot take part, by its name.
     """
 
     keep: int
-    tokens: int
+    sizes: tuple[int, ...]
     entrants: dict[str, Entrant] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ class Plan:
         Raises:
             FoveateError: If a method that was asked for by name cannot run; others are listed with the reason.
         """
-        plan = cls(keep, arms.work.tokens)
+        plan = cls(keep, arms.work.sizes)
         named = list(methods or [])
         specs = named if methods is not None else list(registry.names())
         if not any(spec.partition(":")[0] == RANDOM for spec in specs):
@@ -115,6 +115,10 @@ class Plan:
         counts = dict.fromkeys((self.keep, *(entrant.keep for entrant in self.entrants.values())))
         return {self.ideal_name(count): count for count in counts}
 
+    def kept(self, keep: int) -> int:
+        """Return how many tokens of the whole picture stay, when so many of each image do."""
+        return sum(min(keep, size) for size in self.sizes)
+
     def ideal_name(self, keep: int) -> str:
         return "ideal" if keep == self.keep else f"ideal:keep={keep}"
 
@@ -145,18 +149,18 @@ def with_budget(spec: str, keep: int) -> str:
 
 def _enter(arms: Arms, spec: str, keep: int, say: Callable[[str], None]) -> Entrant:
     sample, handle, reads = arms.method(spec, 1)
-    report = handle.report
-    alive, tokens = report.images[0].alive, arms.work.tokens
-    mean = sum(alive) / len(alive)
+    report, work = handle.report, arms.work
+    alive = tuple(map(sum, zip(*(image.alive for image in report.images), strict=True)))
+    mean, wanted = sum(alive) / len(alive), sum(min(keep, size) for size in work.sizes)
     cuts = None
-    if alive[0] == tokens and arms.can_cut and not _merges(handle):
+    if alive[0] == work.tokens and arms.can_cut and not _merges(handle):
         cuts = arms.columns(handle)
         if arms.hand_cut(cuts).answer != sample.answer:  # rounding may decide in half precision
             say(f"{spec}: the model cut by hand answers otherwise, and is left out")
             cuts = None
     return Entrant(
         spec=spec,
-        keep=keep if abs(mean - keep) <= max(1.0, 0.02 * keep) else max(1, round(mean)),
+        keep=keep if abs(mean - wanted) <= max(1.0, 0.02 * wanted) else max(1, round(mean / len(work.sizes))),
         alive=alive,
         before=any(stage.site == 0 for stage in report.images[0].stages),
         reads=reads,

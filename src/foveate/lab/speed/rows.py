@@ -10,7 +10,7 @@ from pathlib import Path
 
 from foveate.lab.paired import Estimate, Spread, ratios
 
-#: Stands where a ratio would, and the quartile ranges of its two arms have a point in common.
+#: Stands where a ratio would: the quartile ranges of the two arms have a point in common, or it may as well be one.
 OVERLAP = "overlap"
 
 #: Stands there when the ranges are not known: below so many rounds there are no quartiles to speak of.
@@ -46,7 +46,7 @@ class Compared:
     Args:
         against: The other arm (or, for a share, the other metric).
         ratio: This by the other.
-        overlap: Whether the quartile ranges of the two have a point in common.
+        overlap: Whether the quartile ranges of the two have a point in common, or the interval of the ratio holds one.
     """
 
     against: str
@@ -56,8 +56,8 @@ class Compared:
     @classmethod
     def of(cls, values: Sequence[float], against: str, others: Sequence[float]) -> Compared:
         """Compare two arms."""
-        overlap = Spread.of(values).overlaps(Spread.of(others))
-        return cls(against, Estimate.of(ratios(values, others)), overlap)
+        ratio, apart = Estimate.of(ratios(values, others)), not Spread.of(values).overlaps(Spread.of(others))
+        return cls(against, ratio, not apart or ratio.low <= 1.0 <= ratio.high)
 
     @property
     def text(self) -> str:

@@ -26,8 +26,8 @@ def rows(plan: Plan, measured: Measured, operations: Operations | None, layers: 
     for (arm, batch), samples in measured.samples.items():
         if samples:
             made += _timed(plan, measured, arm, batch, samples)
-    alive: dict[str, Sequence[float]] = {"full": [plan.tokens] * layers}
-    alive |= {name: [keep] * layers for name, keep in plan.ideals.items()}
+    alive: dict[str, Sequence[float]] = {"full": [sum(plan.sizes)] * layers}
+    alive |= {name: [plan.kept(keep)] * layers for name, keep in plan.ideals.items()}
     alive |= {spec: entrant.alive for spec, entrant in plan.entrants.items()}
     for arm, each in alive.items():
         made += _counted(arm, each, operations, plan.entrants.get(arm))
@@ -39,7 +39,8 @@ def rows(plan: Plan, measured: Measured, operations: Operations | None, layers: 
 def facts(plan: Plan, arm: str) -> dict[str, str]:
     """Return the columns that tell what an arm is: its mean of tokens, and which layers' attention it reads."""
     entrant = plan.entrants.get(arm.removeprefix("hand-cut "))
-    means: dict[str, float] = {"full": plan.tokens, **plan.ideals}
+    means: dict[str, float] = {name: plan.kept(keep) for name, keep in plan.ideals.items()}
+    means["full"] = sum(plan.sizes)
     mean = means.get(arm) if entrant is None else entrant.mean
     reads = ";".join(map(str, entrant.reads)) if entrant is not None and arm == entrant.spec else ""
     return {"mean_tokens": "" if mean is None else f"{mean:.6g}", "reads_llm_attention": reads}
@@ -119,7 +120,7 @@ def _accounted(arm: str, batch: int, samples: Sequence[Sample], ideal: str, boun
     base = statistics.median(run.first for run in bound)
     rest = statistics.median(map(_rest, samples)) - statistics.median(map(_rest, bound))
     values = [1.0 + (run.select + run.evidence + rest) / base for run in samples]
-    return Row(arm, "accounted", "ratio", values, batch, None, Compared(ideal, Estimate.of(values)))
+    return Row(arm, "accounted", "ratio", values, batch, None, Compared(ideal, Estimate.of(values)), BOUNDS.overhead)
 
 
 def _rest(run: Sample) -> float:

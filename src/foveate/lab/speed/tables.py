@@ -164,6 +164,7 @@ def promises(lines: Sequence[Line], batch: int = 1) -> list[str]:
     """Say for each target who meets it, who does not, and of whom it is not known."""
     words = {
         ("first_token", BOUNDS.overhead): "first token, of the ideal's",
+        ("accounted", BOUNDS.overhead): "first token, of the ideal's, as far as it can be accounted for",
         ("first_token_by_hand", BOUNDS.inner): "first token, of the hand-cut model's",
         ("selection", BOUNDS.selection): "selection, of the first token",
         ("decode_step", BOUNDS.decode): "decode step, of the ideal's",

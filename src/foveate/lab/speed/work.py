@@ -11,8 +11,11 @@ from torch import Tensor
 
 from foveate.budget import Keep, check_keep, resolve_keep
 from foveate.errors import BudgetError
-from foveate.families import Family, family_of
+from foveate.families import CrossFamily, Family, family_of
 from foveate.families.picture import Picture
+
+#: Models whose pixels come in one tensor, each picture as a strip of patches beside the last.
+_SIDE_BY_SIDE = frozenset({"minicpmv4_6"})
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Work:
         model: In evaluation mode, on its device, with its weights in their dtype.
         family: What serves it.
         inputs: What the processor gave.
-        tokens: Visual tokens of the picture.
+        sizes: Visual tokens of the picture; some processors cut it into several images, each with a budget of its own.
         prompt: Tokens of the prompt, visual ones included.
         rows: Rows that the layers of the encoder read.
         forwards: Among how many encoder forwards they are shared; rows of one see each other.
@@ -33,7 +36,7 @@ class Work:
     model: Any
     family: Family
     inputs: Mapping[str, Any]
-    tokens: int
+    sizes: tuple[int, ...]
     prompt: int
     rows: int
     forwards: int
@@ -45,7 +48,7 @@ class Work:
 
         Raises:
             UnsupportedModel: If no family serves the model.
-            BudgetError: If the inputs hold no picture, or several.
+            UnsupportedCall: If the inputs hold no picture.
         """
         family, inputs = family_of(model), dict(inputs)
         shapes: list[torch.Size] = []
@@ -58,44 +61,48 @@ class Work:
             _, pictures = encoded(model, family, inputs)
         finally:
             hook.remove()
-        if len(pictures) != 1:
-            raise BudgetError(f"a prompt with one picture is measured, got {len(pictures)}", "pass a single picture")
-        picture, shape = pictures[0], shapes[0]
         return cls(
             model=model,
             family=family,
             inputs=inputs,
-            tokens=len(picture.features),
+            sizes=tuple(len(picture.features) for picture in pictures),
             prompt=inputs["input_ids"].shape[1],
-            rows=shape[:-1].numel(),
-            forwards=max(len(picture.crops), 1),
+            rows=shapes[0][:-1].numel(),
+            forwards=sum(max(len(picture.crops), 1) for picture in pictures),
             read=read,
         )
 
     @property
+    def tokens(self) -> int:
+        """Visual tokens of the picture."""
+        return sum(self.sizes)
+
+    @property
     def text(self) -> int:
         """Tokens of the prompt that are not visual: words, and the row breaks of a picture."""
-        return self.prompt - self.tokens
+        return self.prompt if isinstance(self.family, CrossFamily) else self.prompt - self.tokens
 
     def batch(self, size: int) -> dict[str, Any]:
         """Return the inputs of so many equal prompts."""
+        beside = {"pixel_values"} if self.model.config.model_type in _SIDE_BY_SIDE else set()
         return {
-            name: torch.cat([value] * size) if isinstance(value, Tensor) else value * size
+            name: torch.cat([value] * size, -1 if name in beside else 0) if isinstance(value, Tensor) else value * size
             for name, value in self.inputs.items()
         }
 
     def budget(self, keep: Keep) -> int:
-        """Return a budget in tokens.
+        """Return a budget in tokens of an image.
 
         Raises:
             BudgetError: If it would not shorten anything.
         """
         check_keep(keep)
-        count = resolve_keep(keep, self.tokens)
-        if count >= self.tokens:
+        largest = max(self.sizes)
+        count = resolve_keep(keep, largest)
+        if count >= largest:
             raise BudgetError(
-                f"keep={keep} of a picture that is {self.tokens} visual tokens leaves nothing to compare",
-                f"pass --keep {max(1, self.tokens // 9)}, a ninth of them, or a larger picture",
+                f"keep={keep} of a picture that is {largest} visual tokens leaves nothing to compare",
+                f"pass --keep {max(1, largest // 9)}, a ninth of them, or a larger picture",
             )
         return count
 
