@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+BASE   := $(VENV)/.base
 READY  := $(VENV)/.ready
 
 # The oldest transformers that is served.
@@ -28,9 +29,9 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray test-studio studio-pictures clean help
+.PHONY: demo site notebook test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray test-studio studio-pictures clean help
 
-demo: $(READY) ## answer three questions about a picture, with all 576 visual tokens and with 64; pictures go to demo-out/
+demo: $(BASE) ## answer three questions about a picture, with all 576 visual tokens and with 64; pictures go to demo-out/
 	$(BIN)/foveate demo --out demo-out
 
 test: $(READY) ## run the tests
@@ -54,7 +55,7 @@ docs: $(READY) ## regenerate the tables in README.md and docs/
 	$(BIN)/python docs/generate.py
 
 site: $(READY) ## build the documentation as a site, offline, warnings are errors; build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebook: $(READY) ## run examples/tour.ipynb and store what comes out in it
 	$(BIN)/python docs/notebook.py
@@ -105,7 +106,7 @@ test-lmms: $(LMMS)/.ready ## run the tests of the lmms-eval model with lmms-eval
 	PYTHONPATH=$$($(LMMS)/bin/python -c 'import torchvision' 2>/dev/null || echo $(TORCHVISION)) $(LMMS)/bin/python -m pytest tests/lab/test_lmms.py
 
 test-ray: $(RAY)/.ready ## run the tests of examples/map_folder.py with Ray, in its own environment
-	$(RAY)/bin/python -m pytest tests/examples
+	$(RAY)/bin/python -m pytest tests/examples/test_map_folder.py
 
 test-studio: $(STUDIO)/.ready ## run the tests of the studio, in a headless Chromium too, in its own environment
 	$(STUDIO)/bin/python -m pytest tests/studio
@@ -136,10 +137,15 @@ help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 # torch goes first and alone, so that no other package asks pip for a build of its own choice.
-$(READY): constraints.txt pyproject.toml
+$(BASE): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "foveate needs Python 3.11 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+# What those need who work on foveate; the demo, and a first picture of one's own, go without.
+$(READY): $(BASE)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,lab,serve]'
 	touch $@
 

@@ -32,7 +32,7 @@ from foveate.cli.tables import family_rows, method_rows
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "src" / "foveate" / "families" / "measured.json"
-COMMANDS = ("", "run", "demo", "methods", "families", "verify", "serve", "advise", "bench")
+COMMANDS = ("", "run", "demo", "methods", "families", "verify", "serve", "studio", "advise", "bench")
 
 
 def main() -> int:

@@ -88,7 +88,7 @@ def looking(url: str, width: int = 1200, height: int = 900, *, dark: bool = Fals
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(60_000)
         page.strange, page.wrong = [], []
         local = (url, "data:", "blob:")
         page.on("request", lambda request: request.url.startswith(local) or page.strange.append(request.url))

@@ -59,7 +59,7 @@ def test_a_picture_is_brought_and_asked_about(page: Any, tmp_path: Path) -> None
     picture = Image.new("RGB", (400, 300), (120, 150, 110))
     ImageDraw.Draw(picture).ellipse((140, 90, 260, 210), (220, 20, 20))
     picture.save(tmp_path / "own.png")
-    page.click("#picture button[aria-label='Clear'], #picture button[title='Clear']")
+    page.click("#picture button[aria-label='Remove Image']")
     page.set_input_files("#picture input[type=file]", tmp_path / "own.png")
     page.wait_for_selector("#picture img")
     ask(page, "what colour is the circle?")
@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_where_it_is(page: Any) -> None:
 
 def test_a_broken_picture_is_refused(page: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    page.click("#picture button[aria-label='Clear'], #picture button[title='Clear']")
+    page.click("#picture button[aria-label='Remove Image']")
     page.set_input_files("#picture input[type=file]", tmp_path / "broken.png")
     page.wait_for_timeout(1500)
     page.click("#ask")

@@ -16,6 +16,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed: make test-vllm")
 
+from PIL import Image
+
+import foveate
 from foveate import demo
 from tests.vllm.answers import ENVIRONMENT, NEW, ROOT, Answer, Request, answers, request
 from tests.vllm.reference import Reference, difference
@@ -120,7 +123,7 @@ def test_the_question_decides_and_no_picture_is_served_to_another_question(root:
 def test_what_cannot_be_served_is_refused_and_the_engine_lives_on(root: Path) -> None:
     text = prompt("llava", COLOUR)
     wrong: list[tuple[Any, str]] = [
-        ("v2drop:keep=0.5", "drops inside the LLM"),
+        ("fastv:keep=0.5", "drops inside the LLM"),
         ("todre:keep=0.25", "todre:keep=0.1,exit=none"),
         ("prumerge:keep=0.25,fence=1.5", "depends on the picture"),
         ("evocut:keep=0.25,positions=original", "only packed positions"),
@@ -134,6 +137,17 @@ def test_what_cannot_be_served_is_refused_and_the_engine_lives_on(root: Path) ->
     for (spec, why), (answer,) in zip(wrong, refused, strict=True):
         assert why in answer.get("error", ""), spec
     assert len(good["tokens"]) == NEW
+
+
+def offline(question: str) -> str:
+    """What the transformers engine answers about the demo picture with 64 tokens; it is wrong twice."""
+    model, processor = demo.load()
+    text = f"USER: <image>\n{question} ASSISTANT:"
+    inputs = processor(images=Image.open(demo.PICTURE), text=text, return_tensors="pt")
+    with foveate.compress(model, "evocut:keep=64"):
+        output = model.generate(**inputs, max_new_tokens=8)
+    answer: str = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer.strip()
 
 
 @contextmanager
@@ -160,7 +174,7 @@ def test_the_demo_model_is_served_and_answers_the_official_client() -> None:
     picture = "data:image/png;base64," + base64.b64encode(demo.PICTURE.read_bytes()).decode()
     options = ["--model", str(demo.MODEL), "--dtype", "float32", "--enforce-eager", "--served-model-name", "demo"]
     options += ["--hf-overrides", '{"architectures": ["FoveateLlavaForConditionalGeneration"]}']
-    options += ["--mm-processor-kwargs", '{"foveate": "evocut:keep=64"}', "--trust-request-mm-kwargs"]
+    options += ["--mm-processor-kwargs", '{"foveate": "adav:keep=64"}', "--trust-request-mm-kwargs"]
     options += ["--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 2}']
     with served(*options) as address:
         client = OpenAI(base_url=address, api_key="none", max_retries=0)
@@ -183,6 +197,7 @@ def test_the_demo_model_is_served_and_answers_the_official_client() -> None:
             assert (whole, full > 576) == (truth, True)
             answer, length = ask(question)
             assert (answer, full - length) == (truth, 576 - 64)
+            assert ask(question, mm_processor_kwargs={"foveate": "evocut:keep=64"})[0] == offline(question)
         with pytest.raises(BadRequestError, match="drops inside the LLM"):
             ask("what is it?", mm_processor_kwargs={"foveate": "fastv:keep=64"})
         assert ask(demo.QUESTIONS[0][0])[0] == demo.QUESTIONS[0][1]

@@ -124,6 +124,7 @@ def build(session: Session, about: str, crop: bool) -> Any:
     import gradio as gr
 
     studio, offered, methods = Studio(session, crop), examples(), session.methods()
+    session.warm_up(offered[0].image, offered[0].questions[0])
     with gr.Blocks(title="Foveate studio", analytics_enabled=False, fill_width=True) as page:
         state = gr.State(None)
         gr.HTML(f'<div class="fv-head"><h1>Foveate studio</h1><p>{escape(about)}</p></div>')
@@ -191,11 +192,16 @@ def _pictures(offered: Sequence[Example]) -> tuple[Any, Any]:
         offered[0].image, type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"],
         label="Picture", height=300, buttons=[], elem_id="picture", alt_text="The picture that is asked about",
     )  # fmt: skip
+    picture.preprocess = _path  # Gradio's own opens the file, and where that is broken nobody learns why
     gallery = gr.Gallery(
         [example.image for example in offered], label="Pictures to try", show_label=False, columns=len(offered),
         height="auto", format="png", allow_preview=False, interactive=False, buttons=[], elem_id="gallery",
     )  # fmt: skip
     return picture, gallery
+
+
+def _path(payload: Any) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _choice(place: str, first: tuple[str, int], methods: Sequence[str]) -> tuple[Any, Any]:

@@ -37,8 +37,8 @@ def examples() -> list[Example]:
     chosen = [Example(opened(demo.PICTURE), tuple(question for question, _ in demo.QUESTIONS))]
     for seed in SCENES:
         made = scene(seed)
-        kinds = {question.type: question.text for question in made.questions}  # one of each type
-        chosen.append(Example(made.image, tuple(kinds.values())[:4]))
+        kinds = {question.type: question.text for question in reversed(made.questions)}  # the first of each type
+        chosen.append(Example(made.image, tuple(reversed(kinds.values()))[:4]))
     return chosen
 
 

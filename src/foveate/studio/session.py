@@ -89,6 +89,10 @@ class Session:
         for arm in self._arms.values():
             arm.detach()
 
+    def warm_up(self, picture: Image.Image, question: str) -> None:
+        """Answer once for nothing, so that the first answer that somebody times is not the first of all."""
+        self.plain(picture, question)
+
     def methods(self) -> list[str]:
         """Return the names of the methods that take a budget and can run on this model."""
         return self._run(lambda: [name for name in sorted(registry.names()) if self._arms["a"].takes(name)])
@@ -183,7 +187,8 @@ class _Plain:
     @contextmanager
     def _encoding(self) -> Iterator[list[float]]:
         """Time the encoder and projector, where the model has one function for both."""
-        base, spent, now = self._family.base(self.model), list[float](), _clock(self.model.device)
+        base: Any = self._family.base(self.model)
+        spent, now = list[float](), _clock(self.model.device)
         original = getattr(base, "get_image_features", None)
         if original is None:
             yield spent

@@ -114,7 +114,7 @@ def costs(lines: Lines, batch: int = 1) -> Table:
                 arm,
                 f"{lines.median(arm, 'selection', batch)} ({share})",
                 _near(lines.get(arm, "first_token", batch)),
-                "" if accounted is None or accounted["ratio"] in _SILENT else accounted["ratio"][:5],
+                "" if accounted is None or accounted["ratio"] in _SILENT else f"{float(accounted['ratio']):.3f}",
                 _near(lines.get(arm, "first_token_by_hand", batch)),
                 _near(lines.get(arm, "decode_step", batch)),
                 selection["reads_llm_attention"].replace(";", ", ") or "no",
