@@ -29,7 +29,7 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo site notebook test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray test-studio studio-pictures clean help
+.PHONY: demo pictures notebook test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray test-studio clean help
 
 demo: $(BASE) ## answer three questions about a picture, with all 576 visual tokens and with 64; pictures go to demo-out/
 	$(BIN)/foveate demo --out demo-out
@@ -51,11 +51,13 @@ fix: $(READY) ## repair what lint and format can repair by themselves
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## regenerate the tables in README.md and docs/
+docs: $(READY) ## regenerate the tables in README.md and docs/, and build the site, offline: build/site/index.html
 	$(BIN)/python docs/generate.py
-
-site: $(READY) ## build the documentation as a site, offline, warnings are errors; build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: $(READY) $(STUDIO)/.ready ## draw all of docs/img/ again; pages and the studio as a headless Chromium shows them
+	$(BIN)/python docs/generate.py --pictures
+	PYTHONPATH=src:. $(STUDIO)/bin/python -m tests.studio.pictures docs/img
 
 notebook: $(READY) ## run examples/tour.ipynb and store what comes out in it
 	$(BIN)/python docs/notebook.py
@@ -110,9 +112,6 @@ test-ray: $(RAY)/.ready ## run the tests of examples/map_folder.py with Ray, in 
 
 test-studio: $(STUDIO)/.ready ## run the tests of the studio, in a headless Chromium too, in its own environment
 	$(STUDIO)/bin/python -m pytest tests/studio
-
-studio-pictures: $(STUDIO)/.ready ## write docs/img/studio*.png anew, as a headless Chromium shows the page
-	PYTHONPATH=src:. $(STUDIO)/bin/python -m tests.studio.pictures docs/img
 
 # Gradio asks for older versions of two packages: tests/studio/requirements.txt has them.
 $(STUDIO)/.ready: tests/studio/requirements.txt constraints.txt pyproject.toml

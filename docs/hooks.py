@@ -1,4 +1,4 @@
-"""What `make site` shows besides docs/: README and its neighbours, results/, the examples, the notebook.
+"""What `make docs` shows besides docs/: README and its neighbours, results/, the examples, the notebook.
 
 Links are written as they work in the repository; here they are turned to where the site has their targets.
 """

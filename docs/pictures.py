@@ -1,4 +1,4 @@
-"""The pictures of docs/img/, drawn with the demo model: `python docs/generate.py --pictures`."""
+"""The pictures of docs/img/, drawn with the demo model: `make pictures`."""
 
 from __future__ import annotations
 

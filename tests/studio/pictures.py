@@ -1,4 +1,4 @@
-"""Writes docs/img/studio*.png: the page in a headless Chromium. `make studio-pictures`."""
+"""Writes docs/img/studio*.png: the page in a headless Chromium. `make pictures`."""
 
 from __future__ import annotations
 
