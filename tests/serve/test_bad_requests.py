@@ -175,11 +175,19 @@ def test_a_client_that_goes_away_frees_the_model(puppet: Puppet, port: int, stre
     puppet.may.clear()
     body = json.dumps({"messages": HELLO, "stream": stream}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    for _ in range(2):  # one is being answered, one waits
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            client.sendall(head.encode() + body)
-            until(lambda: len(puppet.asked) > 0)
-    until(lambda: puppet.stopped == 1 and count(port, "foveate_requests_inside") == 0)
+
+    def inside(n: int) -> None:
+        until(lambda: count(port, "foveate_requests_inside") == n)
+
+    with socket.create_connection(("127.0.0.1", port)) as answered:
+        answered.sendall(head.encode() + body)
+        until(lambda: len(puppet.asked) == 1)
+        with socket.create_connection(("127.0.0.1", port)) as waiting:
+            waiting.sendall(head.encode() + body)
+            inside(2)
+        inside(1)
+    inside(0)
+    until(lambda: puppet.stopped == 1)
     puppet.may.set()
     assert len(puppet.asked) == 1  # the one that waited never began
 
