@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from foveate.errors import FoveateError, UnsupportedModel, did_you_mean
 if TYPE_CHECKING:
     from PIL import Image
 
+    from foveate.budget import Keep
     from foveate.core import Method
     from foveate.report import Report
 
@@ -84,6 +84,7 @@ def _timed(network: Any, processor: Any, inputs: Any, limit: int) -> Timed:
     from transformers import LogitsProcessorList
 
     from foveate.lab import chat
+    from foveate.lab.advice.timing import watched_calls
 
     def now() -> float:
         if network.device.type == "cuda":
@@ -99,29 +100,15 @@ def _timed(network: Any, processor: Any, inputs: Any, limit: int) -> Timed:
             self.at = self.at or now()
             return scores
 
-    base, spent = network.base_model, 0.0
-    encode = base.get_image_features
-
-    @functools.wraps(encode)  # generate reads the signature
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal spent
-        begin = now()
-        features = encode(*args, **kwargs)
-        spent += now() - begin
-        return features
-
-    first = FirstToken()
-    base.get_image_features = watched
-    try:
+    spent, first = list[float](), FirstToken()
+    with watched_calls(network.base_model, "get_image_features", spent, now):
         begin = now()
         output = network.generate(
             **inputs, max_new_tokens=limit, do_sample=False, logits_processor=LogitsProcessorList([first])
         )
         end = now()
-    finally:
-        del base.get_image_features
     (answer,) = chat.answers(processor, inputs, output)
-    return Timed(answer, spent, (first.at or end) - begin, end - begin)
+    return Timed(answer, sum(spent), (first.at or end) - begin, end - begin)
 
 
 # -- what the user passes in
@@ -141,6 +128,18 @@ def open_picture(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them on broken files
         hint = "pass a complete PNG, JPEG or WebP file"
         raise UserError(f"not a readable picture: {path} ({_first_line(error)})", hint) from error
+
+
+def read_budget(text: str) -> Keep:
+    """Return a budget as it is typed: 64 is tokens, 0.1 a share of them."""
+    from foveate.budget import check_keep
+
+    try:
+        keep: Keep = int(text) if text.strip().isdigit() else float(text)
+    except ValueError as error:
+        raise UserError(f"a budget is a number, got {text!r}", "--keep 64 is 64 tokens, --keep 0.1 a tenth") from error
+    check_keep(keep)
+    return keep
 
 
 def build(spec: str) -> Method:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from foveate.cli.ask import UserError, load, open_picture, prepare, usable
+from foveate.cli.ask import UserError, load, open_picture, prepare, read_budget, usable
 from foveate.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    budget = _budget(keep)
+    budget = read_budget(keep)
     subject = Subject(model, shape, layers, width, image, side, dtype, attention, device, seed)
     if memory_of is not None:
         _weigh(subject.work(), memory_of, budget, batch[0], min(steps, 2))
@@ -226,17 +226,6 @@ def _noise(side: int, seed: int) -> Image.Image:
 
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def _budget(text: str) -> Keep:
-    from foveate.budget import check_keep
-
-    try:
-        keep: Keep = int(text) if text.strip().isdigit() else float(text)
-    except ValueError as error:
-        raise UserError(f"a budget is a number, got {text!r}", "--keep 64 is 64 tokens, --keep 0.1 a tenth") from error
-    check_keep(keep)
-    return keep
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.ask import UserError, load
+from foveate.cli.ask import UserError, load, read_budget
 
 if TYPE_CHECKING:
     from foveate.lab.evaluate import Run
@@ -52,7 +52,7 @@ def evaluate(
     from foveate.lab.page import write
     from foveate.lab.tasks import load_task
 
-    questions, budgets = load_task(task, n), [_budget(text) for text in keep]
+    questions, budgets = load_task(task, n), [read_budget(text) for text in keep]
     network, processor = load(model, device, dtype=dtype)
     if threads is not None:
         _set_threads(threads)
@@ -88,17 +88,6 @@ def _ask(run: Run, log: Path) -> None:
             raise UserError(
                 f"stopped; every answer so far is in {log}", "the same command goes on from there"
             ) from error
-
-
-def _budget(text: str) -> int | float:
-    from foveate.budget import check_keep
-
-    try:
-        keep: int | float = int(text) if text.strip().isdigit() else float(text)
-    except ValueError as error:
-        raise UserError(f"a budget is a number, got {text!r}", "--keep 64 is 64 tokens, --keep 0.1 a tenth") from error
-    check_keep(keep)
-    return keep
 
 
 def _set_threads(threads: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import threading
 import time
@@ -22,6 +21,7 @@ from foveate.engines.base import Handle, compress
 from foveate.errors import FoveateError, UnsupportedCall
 from foveate.families import family_of
 from foveate.lab import chat
+from foveate.lab.advice.timing import watched_calls
 from foveate.report import Report
 from foveate.studio.errors import StudioError, told
 
@@ -189,23 +189,11 @@ class _Plain:
         """Time the encoder and projector, where the model has one function for both."""
         base: Any = self._family.base(self.model)
         spent, now = list[float](), _clock(self.model.device)
-        original = getattr(base, "get_image_features", None)
-        if original is None:
+        if not hasattr(base, "get_image_features"):
             yield spent
             return
-
-        @functools.wraps(original)  # generate reads the signature
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            begin = now()
-            output = original(*args, **kwargs)
-            spent.append(now() - begin)
-            return output
-
-        base.get_image_features = watched
-        try:
+        with watched_calls(base, "get_image_features", spent, now):
             yield spent
-        finally:
-            del base.get_image_features
 
 
 class _Arm:

@@ -81,8 +81,8 @@ def timed(model: Any, family: Family, inputs: Mapping[str, Any], output: int) ->
     """Generate exactly ``output`` tokens and tell where the time went; a method may be on the model."""
     now = clock(model.device)
     stamps, spans = _Stamps(now), dict[str, list[float]]()
-    encoder = _watched(family.base(model), "get_image_features", spans.setdefault("encode", []), now)
-    decoder = _watched(family.decoder(model), "forward", spans.setdefault("prefill", []), now)
+    encoder = watched_calls(family.base(model), "get_image_features", spans.setdefault("encode", []), now)
+    decoder = watched_calls(family.decoder(model), "forward", spans.setdefault("prefill", []), now)
     with encoder, decoder:
         begin = now()
         model.generate(**inputs, **exactly(output), streamer=stamps)
@@ -97,7 +97,7 @@ def timed(model: Any, family: Family, inputs: Mapping[str, Any], output: int) ->
 
 
 @contextmanager
-def _watched(module: Any, name: str, spans: list[float], now: Clock) -> Iterator[None]:
+def watched_calls(module: Any, name: str, spans: list[float], now: Clock) -> Iterator[None]:
     """Time every call of one method of one module, over whatever is wrapped around it already."""
     original, own = getattr(module, name), name in module.__dict__
 
