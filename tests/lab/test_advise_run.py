@@ -171,9 +171,13 @@ def test_the_command_advises_and_reads_its_profile_again(tmp_path: Path) -> None
     assert data["full"]["total"] == pytest.approx(data["full"]["first"] + data["full"]["decode"])
     assert {sentence["topic"] for sentence in data["advice"]} >= {"use", "cost", "break-even", "not", "memory", "range"}
     assert "cache" in next(s["text"] for s in data["advice"] if s["topic"] == "range")
-    more = json.loads(call("advise", *FAST, "--profile", path, "--tokens", str(4 * SHAPE.tokens), "--json").stdout)
+    more = json.loads(
+        call("advise", *FAST, "--profile", path, "--output", "400", "--tokens", str(4 * SHAPE.tokens), "--json").stdout
+    )
     assert more["work"]["tokens"] == 4 * SHAPE.tokens
-    assert more["full"]["encode"] > 2 * data["full"]["encode"] or more["full"]["prefill"] > data["full"]["prefill"]
+    # Bytes, not times: a tiny model's times in a profile of moments are noise.
+    assert more["full"]["alive"][0] == 4 * data["full"]["alive"][0]
+    assert more["full"]["memory"] > data["full"]["memory"]
     refused(call("advise", *FAST, "--profile", path, "--method", "grid"), error="has no 'grid'", hint="known")
 
 
