@@ -10,9 +10,10 @@ import torch
 
 from foveate.demo import build
 from foveate.demo.data import KINDS, LABELS, Mix, Stream, label, pack
+from foveate.demo.loop import Phase
 from foveate.demo.network import encode, pixels, read
 from foveate.demo.paint import paint
-from foveate.demo.train import PLAN, Phase, Trainer
+from foveate.demo.train import Trainer
 from foveate.demo.world import GRID, SHAPES, SIDE, Print, Thing, scene
 
 
@@ -65,8 +66,8 @@ def test_windows_keep_their_place_on_the_canvas() -> None:
 
 @pytest.mark.parametrize("stage", ["see", "joint"])
 def test_a_step_of_each_stage_and_resuming(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.demo.train.WORKERS", 0)
-    monkeypatch.setitem(PLAN, stage, (Phase(1.0, Mix(6, (1, 2), (1, 1), largest=30, per_type=1), 2),))
+    monkeypatch.setattr("foveate.demo.loop.WORKERS", 0)
+    monkeypatch.setitem(Trainer.plan, stage, (Phase(1.0, Mix(6, (1, 2), (1, 1), largest=30, per_type=1), 2),))
     trainer = Trainer(tmp_path, stage, 0.01, "cpu")
     monkeypatch.setattr(trainer, "validate", lambda: {"mean": 0.5})
     trainer.run(None)

@@ -1,0 +1,230 @@
+"""The training loop of the embedded models: timed stages, resumable, on one device or on several CPU workers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from foveate.demo import build
+
+WORKERS = 1
+"""Processes that paint pictures while another learns from them."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a stage.
+
+    Args:
+        until: Fraction of the stage's time at which it ends.
+        mix: What samples are made of.
+        batch: Samples per step, over all workers.
+    """
+
+    until: float
+    mix: Any
+    batch: int
+
+
+class Loop(ABC):
+    """One stage of a recipe.
+
+    Args:
+        out: Folder of checkpoints and log.
+        stage: A key of `plan`.
+        minutes: Length of the stage.
+        device: "cpu" or "cuda".
+        seed: Of weights and data.
+    """
+
+    plan: ClassVar[dict[str, tuple[Phase, ...]]]
+    """The phases of each stage."""
+    rates: ClassVar[dict[str, tuple[float, float]]]
+    """Peak learning rates of Muon (matrices) and AdamW (all else) in each stage."""
+
+    tokens: Any
+    model: Any
+    heads: nn.ModuleList
+
+    def __init__(self, out: Path, stage: str, minutes: float, device: str, seed: int = 0) -> None:
+        self.out, self.stage, self.seconds, self.device, self.seed = out, stage, minutes * 60, device, seed
+        self.build(seed)
+        self.model, self.heads = self.model.to(device), self.heads.to(device)
+        self.step, self.elapsed = 0, 0.0
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        named = {id(p): (n, p) for m in self.parts() for n, p in m.named_parameters()}
+        matrix = [p for n, p in named.values() if p.ndim == 2 and ("layers." in n or "linear_" in n)]
+        self.shares = [matrix[i :: self.world] for i in range(self.world)]
+        rest = [p for _, p in named.values() if not any(p is q for q in matrix)]
+        self.learning = [*matrix, *rest]
+        fast, slow = self.rates[stage]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(self.shares[self.rank], lr=fast, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=slow, weight_decay=0.02, betas=(0.9, 0.98)),
+        ]
+        self._resume()
+
+    # -- what a recipe says
+
+    @abstractmethod
+    def build(self, seed: int) -> None:
+        """Sets `tokens`, `model` and `heads`, what is learned for training's sake only."""
+
+    @abstractmethod
+    def parts(self) -> Sequence[nn.Module]:
+        """What this stage learns."""
+
+    @abstractmethod
+    def stream(self, phase: Phase, batch: int, seed: int) -> Any:
+        """Batches without end: an `IterableDataset` of dicts."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """Loss and scores of one batch in this stage."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Scores on fixed samples of the validation seeds, their mean as "mean"."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the model for its users."""
+        build.save(self.model, folder)
+
+    # -- the loop
+
+    def _resume(self) -> None:
+        path = self.out / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"], strict=False)
+        if state["stage"] == self.stage and state["elapsed"] < self.seconds:
+            self.step, self.elapsed = state["step"], state["elapsed"]
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                if self.world == 1:
+                    optimizer.load_state_dict(saved)
+
+    def checkpoint(self) -> None:
+        """Writes everything that is needed to go on."""
+        if self.rank:
+            return
+        state = {
+            "model": self.model.state_dict(), "heads": self.heads.state_dict(), "stage": self.stage, "step": self.step,
+            "elapsed": self.elapsed, "optimizers": [o.state_dict() for o in self.optimizers],
+        }  # fmt: skip
+        torch.save(state, self.out / "state.new")
+        (self.out / "state.new").rename(self.out / "state.pt")
+
+    def write(self, **record: Any) -> None:
+        """Adds a line to the log."""
+        if self.rank:
+            return
+        record = {"stage": self.stage, "step": self.step, "minute": round(self.elapsed / 60, 2)} | record
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+    def share(self, seconds: float, stop: bool) -> tuple[float, bool]:
+        """Averages the gradients of all workers; they also agree on the time spent and on whether to stop."""
+        if self.world == 1:
+            return seconds, stop
+        grads = [p.grad for p in self.learning if p.grad is not None]
+        flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([seconds, float(stop)])])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for grad, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+        return float(flat[-2]), bool(flat[-1] > 0)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Hands round the matrices: each worker has moved its own share of them."""
+        for owner, share in enumerate(self.shares if self.world > 1 else []):
+            flat = torch.cat([p.flatten() for p in share])
+            dist.broadcast(flat, owner)
+            if owner != self.rank:
+                for parameter, part in zip(share, flat.split([p.numel() for p in share]), strict=True):
+                    parameter.copy_(part.view_as(parameter))
+
+    def run(self, save: Path | None, every: float = 150) -> None:
+        """Trains until the time is over; validates and checkpoints every so many seconds."""
+        phase, stream, told = None, None, self.elapsed
+        sums: dict[str, list[float]] = defaultdict(list)
+        stopped: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+        stop, mark = False, time.monotonic()
+        while self.elapsed < self.seconds and not stop:
+            done = self.elapsed / self.seconds
+            now = next(p for p in self.plan[self.stage] if done < p.until)
+            if now is not phase:
+                phase = now
+                stream = iter(DataLoader(
+                    self.stream(phase, phase.batch // self.world, 2 * self.step + self.rank),
+                    batch_size=None, num_workers=WORKERS, prefetch_factor=8 if WORKERS else None,
+                ))  # fmt: skip
+            assert stream is not None
+            for optimizer, rate in zip(self.optimizers, self.rates[self.stage], strict=True):
+                shape = min(1, done / 0.03 + 0.01) * (0.04 + 0.96 * (0.5 + 0.5 * math.cos(math.pi * done)))
+                optimizer.param_groups[0]["lr"] = rate * shape
+            with torch.autocast(self.device, torch.bfloat16):
+                loss, scores = self.loss(next(stream))
+            for parameter in self.learning:
+                parameter.grad = None
+            loss.backward()
+            now_at = time.monotonic()
+            spent, stop = self.share(min(now_at - mark, 10.0), bool(stopped))
+            mark = now_at
+            nn.utils.clip_grad_norm_(self.learning, 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.gather()
+            self.step += 1
+            self.elapsed += spent
+            for name, value in ({"loss": loss.item()} | scores).items():
+                sums[name].append(value)
+            if self.step % 50 == 0:
+                self.write(phase=self.plan[self.stage].index(phase), **{k: sum(v) / len(v) for k, v in sums.items()})
+                sums.clear()
+            if self.elapsed - told > every or self.elapsed >= self.seconds or stop:
+                told = self.elapsed
+                self.checkpoint()
+                if stop:
+                    break
+                if self.rank == 0:
+                    self.write(validation=True, **self.validate())
+                if save is not None and self.rank == 0:
+                    self.save(save)
+        signal.signal(signal.SIGTERM, before)
+
+
+def command(loop: type[Loop], description: str | None) -> None:
+    """The command line of a recipe."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log")
+    parser.add_argument("--stage", choices=sorted(loop.plan), required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="length of the stage")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", type=Path, help="folder that gets the model at every checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    args.out.mkdir(parents=True, exist_ok=True)
+    loop(args.out, args.stage, args.minutes, args.device, args.seed).run(args.save)
