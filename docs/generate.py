@@ -19,6 +19,7 @@ from pathlib import Path
 
 os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100", NO_COLOR="1")
 
+import accuracy
 import advise
 import ledger
 import papers
@@ -54,6 +55,7 @@ def main() -> int:
         advise.PUBLISHED: advise.published(),
         advise.PAGE: advise.page(advise.PAGE.read_text(encoding="utf-8")),
         speed.PAGE: speed.page(speed.PAGE.read_text(encoding="utf-8")),
+        **{path: accuracy.page(path.read_text(encoding="utf-8")) for path in accuracy.PAGES},
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import foveate
 from foveate import demo, draw
 from foveate.cli import app
+from foveate.demo import video
+from foveate.demo.hd import world
 from foveate.lab import chat
 
 QUESTION = demo.QUESTIONS[0][0]
@@ -47,7 +49,31 @@ def write(folder: Path) -> Iterator[Path]:
     for name, image in drawn.items():
         image.save(folder / name, optimize=True)
         yield folder / name
+    yield from _larger(folder)
     yield from _page(folder)
+
+
+def _larger(folder: Path) -> Iterator[Path]:
+    """What `foveate run --draw` writes about a large picture, a pair and a clip, by the models that read them."""
+    scenes = [world.scene(seed) for seed in world.VALIDATION[:40]]
+    large = next(scene for scene in scenes if [picture.size for picture in scene.pictures] == [(672, 672)])
+    pair = next(scene for scene in scenes if len(scene.pictures) == 2)
+    with tempfile.TemporaryDirectory() as place:
+        for name, scene in (("hd.png", large), ("pair.png", pair)):
+            paths = [str(Path(place) / f"{number}.png") for number in range(len(scene.pictures))]
+            for picture, path in zip(scene.pictures, paths, strict=True):
+                picture.save(path)
+            yield _drawn(folder / name, *paths, scene.questions[0].text, "--model", "demo-hd")
+    yield _drawn(folder / "video.png", str(video.CLIP), video.QUESTIONS[0][0], "--model", "demo-video")
+
+
+def _drawn(path: Path, *asked: str) -> Path:
+    CliRunner().invoke(app, ["run", *asked, "--draw", str(path)], catch_exceptions=False)
+    with Image.open(path) as made:
+        small = made.convert("RGB")
+    small.thumbnail((1000, 1200))
+    small.save(path, optimize=True)
+    return path
 
 
 def _page(folder: Path) -> Iterator[Path]:

@@ -184,6 +184,22 @@ def test_a_video_is_a_contact_sheet_with_every_frame_under_its_own_cells() -> No
     assert lit == [2 * frame for frame in range(6) if any(token // 4 == frame for token in range(0, 24, 5))]
 
 
+def test_pictures_and_videos_of_a_prompt_stand_side_by_side_with_their_counts() -> None:
+    report = Report(method="evocut:keep=3", model="LLaVA", layers=0, images=(tiled((0, 9, 27)), film(2)))
+    media = [red(), [red(60, 40)] * 2]
+    assert texts(draw.prompt.scene(media, report))[:2] == ["image 1: 3 of 28 tokens", "video 2: 2 of 8 tokens"]
+    assert has(draw.prompt(media, report), RED)
+    alone = Report(method="evocut:keep=3", model="LLaVA", layers=0, images=(tiled(),))
+    assert draw.prompt([red()], alone).tobytes() == draw.tokens(red(), tiled()).tobytes()
+
+
+def test_tiles_that_count_as_pictures_are_drawn_on_plain_ground() -> None:
+    report = Report(method="evocut:keep=3", model="Idefics3", layers=0, images=(inner(), inner()))
+    drawn = draw.prompt([red()], report)
+    assert drawn.width > drawn.height
+    assert not has(drawn, RED)
+
+
 def has(picture: Image.Image, colour: tuple[int, int, int]) -> bool:
     return any(pixel == colour for _, pixel in picture.getcolors(10**6) or ())
 

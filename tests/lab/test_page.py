@@ -91,13 +91,24 @@ def test_csv_has_a_row_for_each_arm(written: dict[str, str], summary: Summary) -
     assert float(row["random_points_low"]) == pytest.approx(100 * same.random.low, abs=5e-3)
     assert int(row["random_gained"]) - int(row["random_lost"]) == round(1.2 * float(row["random_points"]))
     assert sum(int(row[f"type_{kind}_n"]) for kind in TYPES) == 120
+    plain = summary.row("todre:keep=64")
+    assert plain is not None and same.plain is not None and row["plain_n"] == "120"
+    assert same.plain.difference == pytest.approx(same.score.accuracy - plain.score.accuracy)
+    assert rows["todre:keep=64"]["plain_points"] == rows["full"]["plain_points"] == ""
     assert rows["full"]["full_points"] == rows["random:keep=64"]["random_q"] == ""
     assert (row["run_task"], row["run_versions_torch"], row["run_n"]) == ("demo", "2.13", "120")
 
 
 def test_markdown_has_the_tables(written: dict[str, str]) -> None:
     text = written[".md"]
-    for heading in ("Overall", "Differences: 64 tokens", "Best methods", "By type: 5 % of tokens", "Hard questions"):
+    for heading in (
+        "Overall",
+        "Differences: 64 tokens",
+        "Best methods",
+        "By type: 5 % of tokens",
+        "Hard questions",
+        "Options",
+    ):
         assert f"\n## {heading}" in text
     assert "120 questions about 30 pictures" in text and "Regenerate: `foveate eval --n 120`" in text
     assert "fastv:keep=64, vscan:keep=64 could not run: too deep." in text

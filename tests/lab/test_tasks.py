@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from foveate.errors import TaskError
+from foveate.lab.media import Video
 from foveate.lab.tasks import load_task, normalise, right
 
 
@@ -65,6 +66,38 @@ def test_the_demo_world() -> None:
     assert task.items[0].pictures == task.items[3].pictures != task.items[4].pictures, "four questions a picture"
 
 
+def test_a_row_about_a_video(folder: Path) -> None:
+    (folder / "clip").mkdir()
+    for i, colour in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (8, 6), colour).save(folder / "clip" / f"{i}.png")
+    rows = [{"video": "clip", "question": "what?", "answer": "x"}]
+    rows += [{**rows[0], "frames": 2}, {**rows[0], "question": "again?"}]
+    task = load_task(str(jsonl(folder / "a.jsonl", *rows)))
+    keys = [item.pictures for item in task.items]
+    assert keys[0] == keys[2] != keys[1], "a video that is read in another way is another"
+    clips = [task.open(key) for (key,) in keys]
+    assert all(isinstance(clip, Video) for clip in clips)
+    assert [[frame.getpixel((0, 0)) for frame in clip.frames] for clip in clips[:2]] == [
+        [(255, 0, 0), (0, 255, 0), (0, 0, 255)],
+        [(255, 0, 0), (0, 0, 255)],
+    ]
+
+
+def test_the_worlds_of_several_pictures_and_of_clips() -> None:
+    large = load_task("demo-hd", 30)
+    shown = {item.pictures for item in large.items}
+    assert {len(keys) for keys in shown} == {1, 2} and len(shown) == 8
+    pair = next(keys for keys in shown if len(keys) == 2)
+    one, other = (large.open(key) for key in pair)
+    assert one.size == other.size and one.tobytes() != other.tobytes()
+    asked = {item.pictures: item.type for item in large.items}
+    assert asked[pair] in ("which", "differs")
+    clips = load_task("demo-video", 6)
+    video = clips.open(clips.items[0].pictures[0])
+    assert isinstance(video, Video) and video.size == (168, 168) and len(video.frames) in (8, 12, 16)
+    assert clips.items[:4] == load_task("demo-video", 4).items
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -73,6 +106,9 @@ def test_the_demo_world() -> None:
         ([{"image": "red.png", "question": "", "answer": "b"}], "row 1 has image, question, answer"),
         ([{"question": "a?", "answer": "b"}], "row 1 has no picture"),
         ([{"image": "green.png", "question": "a?", "answer": "b"}], "no such picture"),
+        ([{"video": "no.mp4", "question": "a?", "answer": "b"}], "no such video"),
+        ([{"video": "red.png", "frames": 0, "question": "a?", "answer": "b"}], "video is a path, frames a number"),
+        ([{"video": "red.png", "image": "red.png", "question": "a?", "answer": "b"}], "has pictures and a video"),
         ([{"image": 3, "question": "a?", "answer": "b"}], "a picture is a path or bytes, got int"),
         ([{"image": "red.png", "question": "a?", "answer": "b", "id": "x"}] * 2, "the id 'x' is taken"),
     ],

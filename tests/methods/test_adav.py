@@ -153,11 +153,18 @@ def test_compat_keeps_repeats_where_both_lists_agree() -> None:
     assert len(set(AdaV(keep=4).select(evidence, 0).keep.tolist())) == 4
 
 
+def test_compat_has_the_defect_with_crops_of_any_size() -> None:
+    saliency = torch.arange(60.0).softmax(0)
+    evidence = make_evidence(60, crops=(12, 18, 30), text=torch.zeros(0, 8), encoder_saliency=saliency)
+    kept = AdaV(keep=30, compat=True).select(evidence, 0).keep
+    # The last ten of each crop, in the crop's own numbers, plus the number of the crop.
+    assert kept.tolist() == sorted(i + place for i, end in enumerate((12, 18, 30)) for place in range(end - 10, end))
+    assert len(AdaV(keep=59, compat=True).select(evidence, 0).keep) == 58, "crops with too few are read again"
+
+
 def test_compat_refuses_what_the_released_code_cannot_serve() -> None:
     with pytest.raises(BudgetError, match="compat=true keeps nothing"):
         AdaV(keep=8, compat=True).count(2880)
-    with pytest.raises(BudgetError, match="crops of 576 tokens only"):
-        AdaV(keep=8, compat=True).select(make_evidence(24, crops=(12, 12)), 0)
     everything = AdaV(keep=1.0, compat=True).select(make_evidence(24), 0)
     assert everything.keep.tolist() == list(range(24)) and not everything.repeats
 

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from foveate.cli.ask import UserError, load, open_picture, usable
+from foveate.cli.ask import UserError, load, usable
+from foveate.cli.options import AsJson, Device, Dtype, ModelArgument
 from foveate.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _WIDTH = 120
 
 
 def advise(
-    model: Annotated[str, typer.Argument(help="'demo', a folder with a saved model, or a name on the hub.")] = "demo",
+    model: ModelArgument = "demo",
     image_size: Annotated[str, typer.Option(help="Width and height of the pictures, in pixels.")] = "1024x768",
     image: Annotated[Path | None, typer.Option(help="A picture instead of a size.", show_default=False)] = None,
     tokens: Annotated[
@@ -57,9 +58,9 @@ def advise(
         str | None, typer.Option(help="Random weights of this shape instead of a model.", show_default=False)
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the shape.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="'bfloat16', 'float32', ...", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="'cpu', 'cuda', ...", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Predict from a short profile which method and budget pay on this machine, and say when not to compress."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler warns of memory that it has not seen allocated
@@ -111,9 +112,10 @@ def _model(
 
     from foveate.lab.advice.prompt import of_inputs
     from foveate.lab.chat import prepare
+    from foveate.lab.media import open_picture
 
     picture = Image.new("RGB", _size(size), (120, 130, 140)) if image is None else open_picture(image)
-    network, processor = load(name, device, dtype=dtype)
+    network, processor = load(name, device, dtype=dtype, pictures=True)
     filler = processor.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     smaller = picture.resize((max(1, picture.width // 2), max(1, picture.height // 2)))
     each = (prepare(network, processor, [[one]], ["?"]) for one in (picture, smaller))

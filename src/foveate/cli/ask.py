@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.errors import FoveateError, UnsupportedModel, did_you_mean
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from foveate.budget import Keep
     from foveate.core import Method
     from foveate.report import Report
@@ -101,7 +98,8 @@ def _timed(network: Any, processor: Any, inputs: Any, limit: int) -> Timed:
             return scores
 
     spent, first = list[float](), FirstToken()
-    with watched_calls(network.base_model, "get_image_features", spent, now):
+    encoder = "get_video_features" if "pixel_values_videos" in inputs else "get_image_features"
+    with watched_calls(network.base_model, encoder, spent, now):
         begin = now()
         output = network.generate(
             **inputs, max_new_tokens=limit, do_sample=False, logits_processor=LogitsProcessorList([first])
@@ -112,22 +110,6 @@ def _timed(network: Any, processor: Any, inputs: Any, limit: int) -> Timed:
 
 
 # -- what the user passes in
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Return the picture in RGB, upright."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no such picture: {path}", "check the path, or try the bundled picture: foveate demo"
-        ) from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them on broken files
-        hint = "pass a complete PNG, JPEG or WebP file"
-        raise UserError(f"not a readable picture: {path} ({_first_line(error)})", hint) from error
 
 
 def read_budget(text: str) -> Keep:
@@ -171,8 +153,18 @@ def usable(device: str | None, dtype: str | None) -> tuple[str, Any]:
     return where, None if dtype is None else getattr(torch, dtype)
 
 
-def load(name: str, device: str | None, *, exact: bool = False, dtype: str | None = None) -> tuple[Any, Any]:
-    """Return a supported model and its processor; where no dtype is told, on a CPU or where ``exact`` in float32."""
+def load(
+    name: str, device: str | None, *, exact: bool = False, dtype: str | None = None, pictures: bool = False
+) -> tuple[Any, Any]:
+    """Return a supported model and its processor.
+
+    Args:
+        name: Of a demo model or of one on the hub, or a folder.
+        device: Where it goes; the GPU when there is one.
+        exact: In float32, where no dtype is told; on a CPU it is anyway.
+        dtype: Of its weights.
+        pictures: Whether it will be shown pictures, whatever it is.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.logging import disable_progress_bar
@@ -182,8 +174,12 @@ def load(name: str, device: str | None, *, exact: bool = False, dtype: str | Non
 
     where, wanted = usable(device, dtype)
     disable_progress_bar()
-    if name == "demo":
-        return demo.load(where, wanted)
+    if pictures and name == "demo-video":
+        raise UnsupportedModel(
+            "demo-video reads clips, not pictures", "show it a video: foveate run CLIP QUESTION --model demo-video"
+        )
+    if name in demo.MODELS:
+        return demo.load(name, where, wanted)
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         known = [model_type for family in FAMILIES for model_type in family.model_types]
@@ -193,24 +189,12 @@ def load(name: str, device: str | None, *, exact: bool = False, dtype: str | Non
         network: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=wanted or kept)
         processor: Any = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:  # transformers raises any of them
-        hint = "pass 'demo', a folder with config.json, or the hub name of a vision-language model (needs a network)"
+        hint = f"pass {', '.join(map(repr, demo.MODELS))}, a folder with config.json, or a hub name (needs a network)"
         raise UnsupportedModel(
             f"cannot load a vision-language model from {name!r}: {_first_line(error)}", hint
         ) from error
     family_of(network)
     return network.to(where).eval(), processor
-
-
-def prepare(network: Any, processor: Any, picture: Image.Image, question: str) -> Any:
-    """Return the model's inputs for one question about one picture."""
-    from foveate.lab import chat
-
-    return chat.prepare(network, processor, [[picture]], [question])
-
-
-def crops(processor: Any) -> bool:
-    """Whether the processor cuts pictures to their central square."""
-    return bool(getattr(getattr(processor, "image_processor", None), "do_center_crop", False))
 
 
 def _first_line(error: BaseException) -> str:

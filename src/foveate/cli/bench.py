@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from foveate.cli.ask import UserError, load, open_picture, prepare, read_budget, usable
+from foveate.cli.ask import UserError, load, read_budget, usable
+from foveate.cli.options import MODELS, Device, Dtype
 from foveate.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _WIDTH = 180
 def bench(
     model: Annotated[
         str | None,
-        typer.Argument(help="'demo', a folder with a saved model, or a name on the hub; 'demo' unless --shape."),
+        typer.Argument(help=f"{MODELS} Unless told 'demo', or what --shape says."),
     ] = None,
     shape: Annotated[
         str | None,
@@ -62,15 +63,11 @@ def bench(
     side: Annotated[
         int | None, typer.Option(min=1, help="Side of a picture of noise, in pixels.", show_default=False)
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="'float32', 'bfloat16', ...; on a CPU float32 unless told.", show_default=False)
-    ] = None,
+    dtype: Dtype = None,
     attention: Annotated[
         str | None, typer.Option(help="'sdpa', 'eager', ...; the model's own unless told.", show_default=False)
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="'cpu', 'cuda', ...; the GPU when there is one.", show_default=False)
-    ] = None,
+    device: Device = None,
     steps: Annotated[int, typer.Option(min=0, help="Decode steps after the first token.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds that do not.")] = 1,
@@ -204,20 +201,22 @@ class Subject:
 
     def _loaded(self) -> Work:
         from foveate import demo
+        from foveate.lab.chat import prepare
+        from foveate.lab.media import open_picture
         from foveate.lab.speed.work import Work
 
         path = demo.PICTURE if self.image is None else self.image
         noise = None if self.side is None else _noise(self.side, self.seed)
         first = noise or open_picture(path)  # before the model: a wrong path should not wait for it
-        network, processor = load(self.name, self.device, dtype=self.dtype)
+        network, processor = load(self.name, self.device, dtype=self.dtype, pictures=True)
         if self.attention is not None:
             with _attention(self.attention):
                 network.set_attn_implementation(self.attention)
 
         def read() -> Any:
-            return prepare(network, processor, noise or open_picture(path), QUESTION)
+            return prepare(network, processor, [[noise or open_picture(path)]], [QUESTION])
 
-        return Work.of(network, prepare(network, processor, first, QUESTION), read)
+        return Work.of(network, prepare(network, processor, [[first]], [QUESTION]), read)
 
 
 def _noise(side: int, seed: int) -> Image.Image:

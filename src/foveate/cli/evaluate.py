@@ -10,34 +10,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.cli.ask import UserError, load, read_budget
+from foveate.cli.options import Device, Dtype, Limit, ModelArgument
 
 if TYPE_CHECKING:
     from foveate.lab.evaluate import Run
 
-BUDGETS = ("192", "128", "64", "32")
-
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="'demo', a folder with a saved model, or a name on the hub.")] = "demo",
+    model: ModelArgument = "demo",
     task: Annotated[
-        str,
-        typer.Option(help="'demo', or a folder, JSONL or parquet file whose rows have image, question and answer."),
-    ] = "demo",
+        str | None,
+        typer.Option(
+            help="'demo', 'demo-hd', 'demo-video', or a folder, JSONL or parquet file whose rows have image, images or "
+            "video, question and answer. A demo model's own world unless told.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help="A method and its options, without its budget; again for more. All methods unless told."),
     ] = None,
+    arms: Annotated[
+        Path | None,
+        typer.Option(help="A file of further arms, in each line a budget and a method: 0.22 evocut:alpha=0.5"),
+    ] = None,
     keep: Annotated[
-        list[str],
-        typer.Option(help="A budget: mean of visual tokens per decoder layer and picture (64), or a fraction (0.1)."),
-    ] = list(BUDGETS),  # noqa: B006 - typer copies it
+        list[str] | None,
+        typer.Option(
+            help="A budget: mean of visual tokens per decoder layer and picture (64), or a fraction (0.1); again for "
+            "more. 192, 128, 64 and 32 unless told, shares with 'demo-hd' and 'demo-video'."
+        ),
+    ] = None,
     n: Annotated[int | None, typer.Option(min=1, help="Ask the first n questions only.", show_default=False)] = None,
+    first: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ask the first so many only, but of 'full' and 'blind' all.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the answers, the tables and the page.")] = Path("eval-out"),
+    name: Annotated[str, typer.Option(help="Of the files in it, without their endings.")] = "accuracy",
     score: Annotated[str, typer.Option(help="What counts as right: 'exact', or 'contains'.")] = "exact",
     batch: Annotated[int, typer.Option(min=1, help="Pictures that are read together.")] = 20,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="'bfloat16', 'float32', ...", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="'cpu', 'cuda', ...", show_default=False)] = None,
+    max_new_tokens: Limit = 16,
+    dtype: Dtype = None,
+    device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Say how long it will take, and stop.")] = False,
 ) -> None:
@@ -46,31 +61,34 @@ def evaluate(
     Answers are written as they come: after Ctrl-C or a kill the same command goes on, and asks nothing twice.
     """
     from foveate.lab.answers import read
-    from foveate.lab.contest import contest
+    from foveate.lab.contest import BUDGETS, PUBLISHED, contest, read_arms
     from foveate.lab.environment import environment
     from foveate.lab.evaluate import Run, tokens_of
     from foveate.lab.page import write
-    from foveate.lab.tasks import load_task
+    from foveate.lab.tasks import WORLDS, load_task
 
-    questions, budgets = load_task(task, n), [read_budget(text) for text in keep]
+    task = task or (model if model in WORLDS else "demo")
+    budgets = [read_budget(text) for text in keep or ()] or BUDGETS.get(task, PUBLISHED)
+    more, questions = [] if arms is None else read_arms(arms), load_task(task, n)
     network, processor = load(model, device, dtype=dtype)
     if threads is not None:
         _set_threads(threads)
-    arms, refused = contest(network, method, budgets, tokens_of(network, processor, questions))
+    everyone, refused = contest(network, method, budgets, tokens_of(network, processor, questions), more)
     for name, why in refused.items():
         _note(f"left out: {name}: {why}")
     header = environment() | {"model": model, "command": shlex.join(["foveate", *sys.argv[1:]]), "refused": refused}
-    log = out / "accuracy.jsonl"
-    run = Run(network, processor, questions, arms, log, header, score=score, batch=batch, limit=max_new_tokens)
-    total = len(arms) * len(questions.items)
+    log = out / f"{name}.jsonl"
+    options: dict[str, Any] = {"score": score, "batch": batch, "limit": max_new_tokens, "first": first}
+    run = Run(network, processor, questions, everyone, log, header, **options)
     if run.left:
+        asked = f"{len(everyone)} arms, {len(questions.items)} questions"
         took = f"about {_duration(run.estimate())}"
-        _note(f"{len(arms)} arms x {len(questions.items)} questions: {run.left} of {total} answers to give, {took}")
+        _note(f"{asked}: {run.left} of {run.total} answers to give, {took}")
     if estimate:
         return
     _ask(run, log)
     header, given = read(log)
-    for path in write(given, header, out):
+    for path in write(given, header, out, name):
         _note(f"wrote {path}")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from foveate.cli.ask import UserError, build, conditions, load
+from foveate.cli.options import Device, Dtype, Model
 from foveate.errors import MissingDependency
 
 _PILLOWS_OWN = 89_478_485
@@ -15,21 +16,14 @@ _PILLOWS_OWN = 89_478_485
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option(help="'demo' (bundled), a folder with a saved model, or a name on the Hugging Face hub.")
-    ] = "demo",
+    model: Model = "demo",
     method: Annotated[
         str, typer.Option(help="Method where a request names none. See: foveate methods.")
     ] = "adav:keep=64",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    device: Annotated[
-        str | None, typer.Option(help="'cpu', 'cuda', ...; the GPU when there is one.", show_default=False)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="'bfloat16', 'float32', ...; float32 on a CPU, else as they are saved.", show_default=False),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     max_image_pixels: Annotated[
         int, typer.Option(min=1, max=_PILLOWS_OWN, help="Pixels of all pictures of a request together.")
     ] = 36_000_000,
@@ -57,7 +51,7 @@ def serve(
         private_urls=allow_private_urls,
     )
     with _listening(host, port) as place:
-        network, processor = load(model, device, dtype=dtype)
+        network, processor = load(model, device, dtype=dtype, pictures=True)
         app = create_app(Reader(model, network, processor, built), limits)
         shown, number = place.getsockname()[:2]
         url = f"http://{f'[{shown}]' if ':' in shown else shown}:{number}/v1"

@@ -7,20 +7,18 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.ask import UserError, conditions, crops, load
+from foveate.cli.ask import UserError, conditions, load
+from foveate.cli.media import crops
+from foveate.cli.options import Device, Limit, Model
 from foveate.errors import MissingDependency
 
 
 def studio(
-    model: Annotated[
-        str, typer.Option(help="'demo' (bundled), a folder with a saved model, or a name on the Hugging Face hub.")
-    ] = "demo",
+    model: Model = "demo",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
-    device: Annotated[
-        str | None, typer.Option(help="'cpu', 'cuda', ...; the GPU when there is one.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    device: Device = None,
+    max_new_tokens: Limit = 32,
 ) -> None:
     """Open a page in the browser: ask about a picture, by two methods side by side, and move their budgets."""
     if importlib.util.find_spec("gradio") is None:
@@ -28,7 +26,7 @@ def studio(
     from foveate.studio.run import serve
     from foveate.studio.session import Session
 
-    network, processor = load(model, device)
+    network, processor = load(model, device, pictures=True)
     about = f"{model}, {conditions(network)}"
 
     def ready(url: str) -> None:

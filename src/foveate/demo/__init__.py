@@ -1,18 +1,26 @@
-"""The embedded demo model: a small trained vision-language model, its world of pictures and questions, its training."""
+"""The embedded demo models: small trained vision-language models, their worlds of pictures and questions, training.
+
+`load` brings three of them: ``demo`` reads a picture, and lies in this package; ``demo-hd`` reads large pictures in
+tiles, one or two of them, ``demo-video`` reads clips; both lie in the package ``foveate-demo-models``.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.errors import MissingDependency, UnsupportedModel, did_you_mean
+
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["MODEL", "PICTURE", "QUESTIONS", "load"]
+__all__ = ["MODEL", "MODELS", "PICTURE", "QUESTIONS", "folder", "load"]
 
 MODEL = Path(__file__).parent / "model"
-"""Folder of the trained model, its tokenizer and its processor."""
+"""Folder of the model ``demo``, its tokenizer and its processor."""
+MODELS = ("demo", "demo-hd", "demo-video")
+"""Names that `load` knows."""
 PICTURE = Path(__file__).parent / "picture.png"
 """A bundled picture of the demo world: scene 20001112."""
 QUESTIONS: tuple[tuple[str, str], ...] = (
@@ -22,22 +30,63 @@ QUESTIONS: tuple[tuple[str, str], ...] = (
 )
 """Three questions about `PICTURE`, each with its true answer."""
 
+_PACKAGE = "foveate_demo_models"
+_CHECKOUT = Path(__file__).parents[3] / "demo-models" / "src" / _PACKAGE
+"""Where the package lies beside this one in a source checkout."""
 
-def load(
-    device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Loads the demo model from the package, without a network.
+
+def folder(name: str = "demo") -> Path:
+    """Return the folder of a demo model, its tokenizer and its processor.
 
     Args:
+        name: One of `MODELS`.
+
+    Raises:
+        UnsupportedModel: If there is no such model.
+        MissingDependency: If its weights are not installed.
+    """
+    if name not in MODELS:
+        raise UnsupportedModel(f"no such demo model: {name!r}", did_you_mean(name, MODELS))
+    if name == "demo":
+        return MODEL
+    found = find_spec(_PACKAGE)
+    for package in [*(found.submodule_search_locations or () if found else ()), _CHECKOUT]:
+        place = Path(package, name.removeprefix("demo-"))
+        if (place / "config.json").is_file():
+            return place
+    raise MissingDependency(
+        f"the weights of {name} are in a package of their own, foveate-demo-models",
+        "in a checkout of foveate: pip install ./demo-models",
+    )
+
+
+def load(
+    name: str = "demo", device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Loads a demo model, without a network.
+
+    Args:
+        name: One of `MODELS`.
         device: Where the weights go; the CPU unless told.
         dtype: Type of the weights; float32 unless told.
 
     Returns:
         The model in evaluation mode, and its processor.
+
+    Raises:
+        UnsupportedModel: If there is no such model.
+        MissingDependency: If its weights are not installed.
     """
+    place = folder(name)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model: Any = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=dtype or torch.float32, local_files_only=True)
-    processor = AutoProcessor.from_pretrained(MODEL, local_files_only=True)
+    model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype or torch.float32, local_files_only=True)
+    processor: Any
+    if name == "demo-video":  # a clip needs no torchvision there, as it does with the stock processor
+        from foveate.demo.video.processor import load as read
+
+        processor = read(place)
+    else:
+        processor = AutoProcessor.from_pretrained(place, local_files_only=True)
     return model.to(device or "cpu").eval(), processor

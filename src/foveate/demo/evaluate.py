@@ -136,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.model:
         demo.MODEL = args.model
-    model, processor = demo.load(args.device, getattr(torch, args.dtype))
+    model, processor = demo.load("demo", args.device, getattr(torch, args.dtype))
     start = time.monotonic()
     scores = evaluate(model, processor, held_out(args.n), args.batch)
     blind = evaluate(model, processor, held_out(args.n), args.batch, blind=True) if args.blind else None

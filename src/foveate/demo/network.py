@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE, LABELS, MARKS
-from foveate.demo.world import COLOURS, GRID, SHAPES, WORDS
+from foveate.demo.world import COLOURS, SHAPES, WORDS
 
 GUIDED = (2, 4, 6)
 """Decoder layers whose first head learns to look from the name of a shape at its patches."""
@@ -59,10 +59,11 @@ def encode(tower: Any, picture: Tensor, corner: Tensor, layers: int | None = Non
     Returns:
         What `hidden_states` would hold.
     """
-    rows, columns = picture.shape[2] // 14, picture.shape[3] // 14
+    patch = tower.config.patch_size
+    rows, columns, side = picture.shape[2] // patch, picture.shape[3] // patch, tower.config.image_size // patch
     r = corner[:, 0, None, None] + torch.arange(rows, device=picture.device)[None, :, None]
     c = corner[:, 1, None, None] + torch.arange(columns, device=picture.device)[None, None, :]
-    place = (r * GRID + c).flatten(1) + 1
+    place = (r * side + c).flatten(1) + 1
     table = tower.embeddings.position_embedding.weight
     patches = tower.embeddings.patch_embedding(picture).flatten(2).transpose(1, 2)
     start = (tower.embeddings.class_embedding + table[0]).expand(len(picture), 1, -1)

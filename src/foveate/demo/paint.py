@@ -174,6 +174,37 @@ def _write(rng: np.random.Generator, image: Image.Image, item: Print, x: int, y:
     return box
 
 
+def stamp(
+    rng: np.random.Generator, image: Image.Image, owner: Image.Image, thing: Thing, value: int, left: int = 0, top: int = 0
+) -> None:
+    """Paints a shape, and its number into the map of owners.
+
+    Args:
+        rng: Source of chance.
+        image: The picture, changed in place.
+        owner: What covers each pixel, changed in place.
+        thing: The shape.
+        value: Its number in the map.
+        left: Column of the canvas at the left edge of the picture.
+        top: Row of the canvas at the upper edge of the picture.
+    """
+    fill = np.clip(np.array(RGB[thing.colour], np.float32) + rng.normal(0, 7, 3), 0, 255)
+    rim = fill * 0.5 if fill.max() > 60 else fill + 75
+    turn = float(rng.normal(0, 0.1))
+    margin = 2 + thing.size // 8
+    mask = _stencil(thing.shape, thing.size, turn, margin)
+    side = mask.size[0]
+    corner = (thing.x - left - side // 2, thing.y - top - side // 2)
+    core = _stencil(thing.shape, thing.size - (2 if thing.size < 30 else 4), turn, (side - thing.size) // 2)
+    shade = np.float32(1) + np.float32(0.12) * (np.linspace(-1, 1, side, dtype=np.float32)[:, None])
+    body = np.clip(fill * np.broadcast_to(shade[..., None], (side, side, 3)), 0, 255).astype(np.uint8)
+    r, g, b = (int(v) for v in rim)
+    image.paste((r, g, b), corner, mask)
+    inset = (side - core.size[0]) // 2
+    image.paste(Image.fromarray(body[: core.size[1], : core.size[0]]), (corner[0] + inset, corner[1] + inset), core)
+    owner.paste(value, corner, mask.point(lambda v: 255 if v > 127 else 0))
+
+
 def paint(
     rng: np.random.Generator, objects: Sequence[Thing], prints: Sequence[Print], area: Area = (0, 0, SIDE, SIDE)
 ) -> tuple[Pixels, Pixels]:
@@ -196,21 +227,7 @@ def paint(
         box = _write(rng, image, item, item.x - area[0], item.y - area[1])
         owner.paste(1 + len(objects) + i, box)
     for i, thing in enumerate(objects):
-        fill = np.clip(np.array(RGB[thing.colour], np.float32) + rng.normal(0, 7, 3), 0, 255)
-        rim = fill * 0.5 if fill.max() > 60 else fill + 75
-        turn = float(rng.normal(0, 0.1))
-        margin = 2 + thing.size // 8
-        mask = _stencil(thing.shape, thing.size, turn, margin)
-        side = mask.size[0]
-        corner = (thing.x - area[0] - side // 2, thing.y - area[1] - side // 2)
-        core = _stencil(thing.shape, thing.size - (2 if thing.size < 30 else 4), turn, (side - thing.size) // 2)
-        shade = np.float32(1) + np.float32(0.12) * (np.linspace(-1, 1, side, dtype=np.float32)[:, None])
-        body = np.clip(fill * np.broadcast_to(shade[..., None], (side, side, 3)), 0, 255).astype(np.uint8)
-        r, g, b = (int(v) for v in rim)
-        image.paste((r, g, b), corner, mask)
-        inset = (side - core.size[0]) // 2
-        image.paste(Image.fromarray(body[: core.size[1], : core.size[0]]), (corner[0] + inset, corner[1] + inset), core)
-        owner.paste(1 + i, corner, mask.point(lambda v: 255 if v > 127 else 0))
+        stamp(rng, image, owner, thing, 1 + i, area[0], area[1])
     pixels = np.asarray(image).astype(np.int16)
     grain = int(rng.integers(1, 12))
     pixels += rng.integers(-grain, grain + 1, pixels.shape, np.int16)

@@ -237,9 +237,9 @@ def held_out(n: int = 2000) -> list[tuple[int, Question]]:
     return chosen
 
 
-def patches_of(pixels: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
+def patches_of(pixels: NDArray[np.uint8], classes: int, patch: int = PATCH) -> NDArray[np.int64]:
     """Counts of each value of a map in every patch: shape (rows, columns, classes)."""
-    rows, columns = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
-    index = np.arange(rows).repeat(PATCH)[:, None] * columns + np.arange(columns).repeat(PATCH)[None, :]
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    index = np.arange(rows).repeat(patch)[:, None] * columns + np.arange(columns).repeat(patch)[None, :]
     flat = np.bincount((index * classes + pixels).ravel(), minlength=rows * columns * classes)
     return flat.reshape(rows, columns, classes)

@@ -5,7 +5,7 @@ Each function returns an image of Pillow; its twin ``.svg``, with the same argum
 """
 
 from foveate.draw.charts import alive, sheet
-from foveate.draw.overlay import compare, heat, kept, scores, stages, tokens
+from foveate.draw.overlay import compare, heat, kept, prompt, scores, stages, tokens
 from foveate.draw.scene import RAMP
 
-__all__ = ["RAMP", "alive", "compare", "heat", "kept", "scores", "sheet", "stages", "tokens"]
+__all__ = ["RAMP", "alive", "compare", "heat", "kept", "prompt", "scores", "sheet", "stages", "tokens"]

@@ -37,7 +37,7 @@ from foveate.draw.scene import (
 )
 
 if TYPE_CHECKING:
-    from foveate.report import ImageReport
+    from foveate.report import ImageReport, Report
 
 Picture = Image.Image | str | Path
 Frames = Picture | Sequence[Picture]
@@ -46,6 +46,8 @@ _SHORTEST = 336  # pixels of the shorter side of what is drawn, at least
 _CELL = 14  # pixels of a cell's shorter side, at least
 _DIM = 0.85  # how much light is left to a token that nearly reached the end
 _BAR = 64  # cells of a colour bar
+_WIDEST = 680  # pixels of a picture among others
+_PLAIN = (128, 132, 140)  # ground where there is no picture
 
 
 @Drawing
@@ -213,6 +215,26 @@ def compare(
     return sheet([*items, ("what only one kept\n ", difference)], 3, "", width)
 
 
+@Drawing
+def prompt(images: Sequence[Frames], report: Report, *, crop: bool = False) -> Scene:
+    """Return all pictures and videos of a prompt side by side, each as `tokens` draws it.
+
+    Args:
+        images: What was asked about, in the order of the prompt: one entry for each in ``report.images``. Where a model
+            counts tiles as pictures, so that there are more in the report, tokens are shown on plain ground.
+        report: With at least one image.
+        crop: The processor cut pictures to their central square before it made tokens.
+    """
+    grounds = films(images, report.images)
+    scenes = [tokens.scene(*pair, crop=crop) for pair in zip(grounds, report.images, strict=True)]
+    if len(scenes) == 1:
+        return scenes[0]
+    shown = enumerate(report.images, 1)
+    titles = [f"{each.modality} {number}: {len(_longest(each))} of {each.tokens} tokens" for number, each in shown]
+    width = min(_WIDEST, max(scene.width for scene in scenes))
+    return sheet(list(zip(titles, scenes, strict=True)), min(4, len(scenes)), "", width)
+
+
 # -- pieces
 
 
@@ -230,6 +252,13 @@ def opened(image: Frames) -> list[Image.Image]:
     if not pictures:
         raise ValueError("there is no picture to draw on, got an empty list")
     return [_open(picture) for picture in pictures]
+
+
+def films(pictures: Sequence[Frames], reports: Sequence[ImageReport]) -> list[list[Image.Image]]:
+    """Return what tokens are drawn on: the frames of each entry, or plain ground where there are not equally many."""
+    if len(pictures) == len(reports):
+        return [opened(each) for each in pictures]
+    return [[Image.new("RGB", (512, 512), _PLAIN)] for _ in reports]
 
 
 def _frame(pictures: Sequence[Image.Image], panel: Panel, shown: Sequence[Panel]) -> Image.Image:

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 import foveate
 from foveate.budget import Keep, resolve_keep
@@ -26,7 +26,11 @@ from foveate.lab.answers import Answer, read
 from foveate.lab.chat import answers, prepare, visual_tokens
 from foveate.lab.contest import BLIND, FULL, Arm
 from foveate.lab.downscale import downscaled
+from foveate.lab.media import Media, Video, grey
 from foveate.lab.tasks import Item, Task, right
+
+#: Rounds of as many groups as a batch has that are looked at together, so that a batch is about pictures of like size.
+NEAR = 4
 
 #: Reads nothing of the encoder, so that what it encoded serves all others; one token, to be quick.
 SCOUT = "random:keep=1"
@@ -43,8 +47,9 @@ class Run:
         log: JSONL file; lines are added to what it has.
         header: What the first line says of the run. What `identity` names must be as it was when the file was begun.
         score: How answers are judged, see `foveate.lab.tasks.right`.
-        batch: Pictures (or groups of pictures) that are read together.
+        batch: Pictures (groups of pictures, videos) that are read together.
         limit: Longest answer, in tokens.
+        first: Only ``full`` and ``blind`` answer more than the first so many questions; None: all answer all.
 
     Raises:
         TaskError: If the file holds answers of another run.
@@ -61,21 +66,30 @@ class Run:
         score: str = "exact",
         batch: int = 20,
         limit: int = 16,
+        first: int | None = None,
     ) -> None:
         self.network, self.processor, self.task, self.arms = network, processor, task, list(arms)
         self.log, self.score, self.batch, self.limit = log, score, batch, limit
-        self.header = header | identity(network, task, score, limit)
+        self.header = header | identity(network, task, score, limit) | ({} if first is None else {"first": first})
+        self._early = {item.name for item in task.items[:first]}
         self.done = _resume(log, self.header)
         self.refused: dict[str, str] = {}
-        self._open: Callable[[str], Image.Image] = task.open
+        self._open: Callable[[str], Media] = task.open
         self._handle: foveate.Handle | None = None
         self._encoded: tuple[tuple[str, ...], ...] = ()
-        self._tokens: dict[tuple[str, ...], int] = {}
+        self._tokens: dict[tuple[str, ...], list[int]] = {}
+        self._prepared: dict[tuple[str, ...], Any] = {}
+        self._pixels: dict[tuple[tuple[str, ...], ...], dict[str, torch.Tensor]] = {}
+
+    @property
+    def total(self) -> int:
+        """Answers that make it complete."""
+        return sum(len(self.task.items) if arm in (FULL, BLIND) else len(self._early) for arm in self.arms)
 
     @property
     def left(self) -> int:
         """Answers that are still to be given."""
-        return sum((arm.name, item.name) not in self.done for arm in self.arms for item in self.task.items)
+        return sum(self._wants(arm, item) for arm in self.arms for item in self.task.items)
 
     def answers(self) -> Iterator[tuple[Arm, int]]:
         """Ask what has not been asked; yields the arm and the number of answers, each time some were written."""
@@ -84,10 +98,12 @@ class Run:
         with self.log.open("a", encoding="utf-8") as out, torch.inference_mode():
             out.write(json.dumps({"run": self.header}) + "\n")
             try:
-                for part in self._parts():
+                for part in (part for near in self._near() for part in near):
+                    self._prepared.clear()
+                    self._pixels.clear()
                     for arm in self.arms:
                         for asked in part:
-                            todo = [item for item in asked if (arm.name, item.name) not in self.done]
+                            todo = [item for item in asked if self._wants(arm, item)]
                             if todo and arm.name not in self.refused:
                                 yield arm, self._write(out, arm, todo)
             finally:
@@ -99,11 +115,16 @@ class Run:
         An answer takes longer in proportion to its tokens beyond the fewest. An encoder pass is added to every answer
         of the arms that read all tokens, and, as methods share theirs, for a tenth to the others.
         """
-        asked = next(self._parts())[0]
+        near = next(self._near())
+        asked = near[len(near) // 2][0]
         with torch.inference_mode():
             self._scout(asked)
-            tokens = self._tokens[asked[0].pictures]
-            means = {arm: float(tokens) if arm.budget is None else mean_of(arm.budget, tokens) for arm in self.arms}
+            counts = self._tokens[asked[0].pictures]
+            tokens = sum(counts)
+            means = {
+                arm: float(tokens) if arm.budget is None else sum(mean_of(arm.budget, n) for n in counts)
+                for arm in self.arms
+            }
             least = min(means.values())
             few = Arm(f"random:keep={max(1, int(least))}", "random")
             shared = self._timed(few, asked)  # the scout has encoded
@@ -113,26 +134,46 @@ class Run:
         per_token = max(0.0, full - encode - shared) / max(1.0, tokens - least)
         seconds = 0.0
         for arm, mean in means.items():
-            left = sum((arm.name, item.name) not in self.done for item in self.task.items)
+            left = sum(self._wants(arm, item) for item in self.task.items)
             passes = 1.0 if arm.budget is None else 0.1
             seconds += left * (shared + passes * encode + per_token * (mean - least)) / len(asked)
         return seconds
 
     # -- asking
 
-    def _parts(self) -> Iterator[list[list[Item]]]:
-        """Yield rounds about the same ``batch`` groups of pictures: each asks one question about each."""
+    def _wants(self, arm: Arm, item: Item) -> bool:
+        """Whether an arm still has to answer a question."""
+        return (arm.name, item.name) not in self.done and (arm in (FULL, BLIND) or item.name in self._early)
+
+    def _near(self) -> Iterator[list[list[list[Item]]]]:
+        """Yield parts of the task, those about neighbours together, while what they are about is open.
+
+        A part is about the same ``batch`` groups of pictures, of like size, or videos of one length. It has rounds,
+        each of which asks one question about each.
+        """
         about: dict[tuple[str, ...], list[Item]] = defaultdict(list)
         for item in self.task.items:
             about[item.pictures].append(item)
-        groups = list(about.values())
-        for start in range(0, len(groups), self.batch):
-            together = groups[start : start + self.batch]
-            pictures = {key: self.task.open(key) for items in together for key in items[0].pictures}
-            self._open = pictures.__getitem__
-            rounds = [[item for item in asked if item is not None] for asked in zip_longest(*together)]
-            for _, same in groupby(rounds, lambda asked: [item.pictures for item in asked]):
-                yield list(same)
+        groups = [
+            items for items in about.values() if any(self._wants(arm, item) for arm in self.arms for item in items)
+        ]
+        for start in range(0, len(groups), NEAR * self.batch):
+            near = groups[start : start + NEAR * self.batch]
+            opened = {key: self.task.open(key) for items in near for key in items[0].pictures}
+            self._open = opened.__getitem__
+            sized = [(_size([opened[key] for key in items[0].pictures]), items) for items in near]
+            sized.sort(key=itemgetter(0))
+            parts = []
+            for _, alike in groupby(sized, lambda one: one[0][0]):
+                found = [items for _, items in alike]
+                for at in range(0, len(found), self.batch):
+                    parts += self._rounds(found[at : at + self.batch])
+            yield parts
+
+    def _rounds(self, together: list[list[Item]]) -> list[list[list[Item]]]:
+        """Return parts whose rounds are all about the same pictures."""
+        rounds = [[item for item in asked if item is not None] for asked in zip_longest(*together)]
+        return [list(same) for _, same in groupby(rounds, lambda asked: [item.pictures for item in asked])]
 
     def _write(self, out: Any, arm: Arm, items: list[Item]) -> int:
         try:
@@ -161,9 +202,11 @@ class Run:
             if arm.method == "downscale":
                 assert arm.budget is not None
                 pictures, questions = self._prompts(items)
-                inputs = downscaled(self.network, self.processor, pictures, questions, arm.budget)
+                whole = [self._tokens[item.pictures] for item in items]
+                inputs = downscaled(self.network, self.processor, pictures, questions, arm.budget, whole)
                 return self._generate(inputs), [float(n) for n in visual_tokens(self.network, inputs)]
-            return self._generate(self._inputs(arm, items)), [float(self._tokens[item.pictures]) for item in items]
+            means = [float(sum(self._tokens[item.pictures])) for item in items]
+            return self._generate(self._inputs(arm, items)), means
         handle = self._attached(arm.name, items)
         given, means = self._generate(self._inputs(arm, items)), [0.0] * len(items)
         for image in handle.report.images:
@@ -174,9 +217,9 @@ class Run:
         """Count the tokens of these pictures; what is encoded for it serves the arms that follow."""
         handle = self._attached(SCOUT, items)
         self.network.generate(**self._inputs(FULL, items), max_new_tokens=1, do_sample=False)
-        counts: dict[tuple[str, ...], int] = defaultdict(int)
+        counts: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for image in handle.report.images:
-            counts[items[image.row].pictures] += image.tokens
+            counts[items[image.row].pictures].append(image.tokens)
         self._tokens |= counts
 
     def _attached(self, spec: str, items: list[Item]) -> foveate.Handle:
@@ -196,14 +239,23 @@ class Run:
             self._handle.remove()
         self._handle = None
 
-    def _prompts(self, items: list[Item]) -> tuple[list[list[Image.Image]], list[str]]:
+    def _prompts(self, items: list[Item]) -> tuple[list[list[Media]], list[str]]:
         return [[self._open(key) for key in item.pictures] for item in items], [item.question for item in items]
 
     def _inputs(self, arm: Arm, items: list[Item]) -> Any:
+        """Return what the model reads; it is made once for all arms that see the pictures as they are."""
+        names = tuple(item.name for item in items)
+        if arm is not BLIND and names in self._prepared:
+            return self._prepared[names]
         pictures, questions = self._prompts(items)
         if arm is BLIND:
-            pictures = [[Image.new("RGB", picture.size, (128, 128, 128)) for picture in row] for row in pictures]
-        return prepare(self.network, self.processor, pictures, questions)
+            return prepare(self.network, self.processor, [[grey(one) for one in row] for row in pictures], questions)
+        inputs = self._prepared[names] = prepare(self.network, self.processor, pictures, questions)
+        pixels = {name: value for name, value in inputs.items() if name.startswith("pixel_values")}
+        inputs.update(
+            self._pixels.setdefault(tuple(item.pictures for item in items), pixels)
+        )  # kept once, not by round
+        return inputs
 
     def _generate(self, inputs: Any) -> list[str]:
         output = self.network.generate(**inputs, max_new_tokens=self.limit, do_sample=False)
@@ -215,13 +267,19 @@ class Run:
         return time.perf_counter() - start
 
 
+def _size(shown: Sequence[Media]) -> tuple[tuple[int, ...], int]:
+    """Return what may stand together in a batch (frames of videos, 0 for pictures), and how much there is to see."""
+    lengths = tuple(sorted({len(one.frames) if isinstance(one, Video) else 0 for one in shown}))
+    return lengths, sum(max(1, sum(lengths)) * one.size[0] * one.size[1] for one in shown)
+
+
 def mean_of(keep: Keep, tokens: int) -> float:
     """Return a budget in tokens."""
     return float(resolve_keep(keep, tokens))
 
 
 def tokens_of(network: Any, processor: Any, task: Task) -> int:
-    """Return the visual tokens of the first picture."""
+    """Return the visual tokens of the first picture or video."""
     item = task.items[0]
     inputs = prepare(network, processor, [[task.open(key) for key in item.pictures]], [item.question])
     with foveate.compress(network, SCOUT) as handle:
@@ -236,6 +294,7 @@ def identity(network: Any, task: Task, score: str, limit: int) -> dict[str, Any]
         "task": task.name,
         "asked": hashlib.sha256(asked.encode()).hexdigest()[:12],
         "n": len(task.items),
+        "about": task.about,
         "score": score,
         "max_new_tokens": limit,
         "architecture": type(network).__name__,

@@ -107,7 +107,7 @@ def questions(n: int) -> tuple[list[Asked], dict[Asked, str]]:
     items = random.Random(0).sample(task.items, n)
     answers: dict[Asked, str] = {}
     for item in items:
-        picture = task.open(item.pictures[0]).convert("RGB")
+        picture: Any = task.open(item.pictures[0])
         file = io.BytesIO()
         picture.save(file, "PNG")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -23,13 +23,14 @@ WIDE, NARROW = (660.0, 400.0), (390.0, 400.0)
 BROAD = 11
 
 
-def write(answers: Sequence[Answer], header: Mapping[str, Any], out: Path) -> list[Path]:
+def write(answers: Sequence[Answer], header: Mapping[str, Any], out: Path, name: str = "accuracy") -> list[Path]:
     """Write the tables and the page into a folder; a run may be unfinished.
 
     Args:
         answers: The answers of all arms.
         header: What the log says of the run.
         out: The folder; it is made if need be.
+        name: Of the files, without their endings.
 
     Returns:
         The files.
@@ -37,9 +38,9 @@ def write(answers: Sequence[Answer], header: Mapping[str, Any], out: Path) -> li
     Raises:
         TaskError: If there are no answers, or two arms were not asked the same.
     """
-    summary = summarise(answers)
+    summary = summarise(answers, header.get("first"))
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"accuracy.{kind}" for kind in ("csv", "md", "html")]
+    files = [out / f"{name}.{kind}" for kind in ("csv", "md", "html")]
     _write_csv(summary, header, files[0])
     files[1].write_text(markdown(summary, header), encoding="utf-8")
     files[2].write_text(page(summary, header), encoding="utf-8")
@@ -62,6 +63,7 @@ def columns(row: Row, types: Sequence[str]) -> dict[str, str | int | float]:
         "retention_percent": "" if row.retention is None else round(100 * row.retention, 2),
         **_columns("full", row.full),
         **_columns("random", row.random),
+        **_columns("plain", row.plain),
         "random_q": "" if row.random is None or row.random.q is None else f"{row.random.q:.3g}",
         "hard_n": "" if row.hard is None else row.hard.n,
         "hard": "" if row.hard is None or not row.hard.n else round(row.hard.accuracy, 4),
@@ -75,16 +77,20 @@ def columns(row: Row, types: Sequence[str]) -> dict[str, str | int | float]:
 
 def markdown(summary: Summary, header: Mapping[str, Any]) -> str:
     """Return the tables in Markdown."""
-    parts = [f"# {_title(header)}", tables.asked(summary)]
+    parts = [f"# {_title(header)}", tables.asked(summary, header)]
     if "command" in header:
         parts.append(f"Regenerate: `{header['command']}`")
     parts.append("\n".join(f"- {sentence}" for sentence in tables.verdicts(summary)))
     parts.append(tables.unfinished(summary, header))
     parts += ["## Overall", tables.overall(summary).markdown()]
+    if summary.whole:
+        parts += ["## All questions", tables.whole(summary).markdown()]
     for budget in summary.budgets:
         parts += [f"## Differences: {tables.tokens(budget)}", tables.differences(summary, budget).markdown()]
     if summary.winners:
         parts += ["## Best methods", "Bold: the interval of the lead leaves out 0.", tables.winners(summary).markdown()]
+    if (options := tables.options(summary)).rows:
+        parts += ["## Options", options.markdown()]
     if len(summary.types) > 1:
         for budget in summary.budgets:
             parts += [f"## By type: {tables.tokens(budget)}", tables.by_type(summary, budget).markdown()]
@@ -110,13 +116,14 @@ def page(summary: Summary, header: Mapping[str, Any]) -> str:
     return environment.from_string(template).render(
         title=_title(header),
         colours=plots.COLOURS,
-        asked=tables.asked(summary),
+        asked=tables.asked(summary, header),
         verdicts=tables.verdicts(summary),
         unfinished=tables.unfinished(summary, header),
         refused=tables.refused(header),
         conditions=tables.conditions(header),
         others=[method for method in summary.methods() if method not in shown],
         winners=tables.winners(summary) if summary.winners else None,
+        options=tables.options(summary),
         hard=tables.hard(summary) if summary.hard else None,
         hard_n=summary.hard,
         broad=len(summary.types) > BROAD,
@@ -166,6 +173,7 @@ def _write_csv(summary: Summary, header: Mapping[str, Any], path: Path) -> None:
         f"run_{name.replace(' ', '_')}": value for name, value in tables.conditions(header).items()
     }
     rows = [{**columns(row, list(summary.types)), **where} for row in summary.rows]
+    rows += [{**columns(row, list(summary.types)), **where, "arm": f"{row.arm}, all"} for row in summary.whole]
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()

@@ -109,7 +109,7 @@ class Reader:
     """A model, its processor and a method.
 
     Args:
-        pretrained: ``demo``, a folder, or a name on the hub.
+        pretrained: ``demo``, ``demo-hd``, ``demo-video``, a folder, or a name on the hub.
         method: Spec of a method, or ``none`` for the plain model.
         device: Where the model goes; unless told a GPU, one for each process of a machine, or the CPU.
         dtype: Type of the weights; unless told float32 on a CPU, and the checkpoint's own elsewhere.
@@ -138,7 +138,7 @@ class Reader:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         built = None if method == PLAIN else foveate.from_spec(method)
-        place = str(demo.MODEL) if pretrained == "demo" else pretrained
+        place = str(demo.folder(pretrained)) if pretrained in demo.MODELS else pretrained
         self.processor: Any = AutoProcessor.from_pretrained(place)
         if chat_template is not None:
             self.processor.chat_template = Path(chat_template).read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool
@@ -32,6 +32,7 @@ class Row:
         retention: Accuracy by that of ``full``, on the questions that both answered.
         full: Against ``full``.
         random: Against ``random`` at the same budget.
+        plain: Of a method with options against the same without them, at the same budget.
     """
 
     arm: str
@@ -44,6 +45,7 @@ class Row:
     retention: float | None = None
     full: Comparison | None = None
     random: Comparison | None = None
+    plain: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Summary:
         pictures: Pictures these are about.
         hard: Questions that ``full`` gets right, and neither ``blind`` nor ``easy`` does; None if they cannot be told.
         easy: The arm with the most downscaled pictures, if there is one.
+        whole: ``full`` and ``blind`` on all their questions, where they were asked more than the methods.
     """
 
     rows: tuple[Row, ...]
@@ -90,6 +93,7 @@ class Summary:
     pictures: int
     hard: int | None
     easy: str | None
+    whole: tuple[Row, ...] = ()
 
     @property
     def budgets(self) -> list[Budget]:
@@ -119,22 +123,35 @@ class Summary:
         return sorted(best, key=lambda method: -best[method])
 
 
-def summarise(answers: Sequence[Answer]) -> Summary:
+def summarise(answers: Sequence[Answer], first: int | None = None) -> Summary:
     """Return the statistics of some answers; arms need not have answered everything.
+
+    Args:
+        answers: The answers of all arms.
+        first: How many questions were put to methods, where ``full`` and ``blind`` were asked more. All is then about
+            the questions that any method answered, but for `Summary.whole`.
 
     Raises:
         TaskError: If there are no answers, or two arms were not asked the same.
     """
+    shared = {answer.item for answer in answers if answer.arm not in (FULL, BLIND)}
+    if first is not None and shared:
+        common = [answer for answer in answers if answer.item in shared]
+        if len(common) < len(answers):
+            bounds = summarise([answer for answer in answers if answer.arm in (FULL, BLIND)])
+            return replace(summarise(common), whole=bounds.rows)
     sheet = Sheet.of(answers)
     places = sorted(range(len(sheet.arms)), key=lambda place: _order(sheet, place))
     full = sheet.place(FULL)
     to_full = {place: _pair(sheet, place, full) for place in places}
     to_random = {place: _pair(sheet, place, _random(sheet, place)) for place in places}
+    to_plain = {place: _pair(sheet, place, _plain(sheet, place)) for place in places}
     leads = _leads(sheet)
-    pairs = [*to_full.values(), *to_random.values(), *(pair for _, _, pair in leads)]
+    pairs = [*to_full.values(), *to_random.values(), *to_plain.values(), *(pair for _, _, pair in leads)]
     found = iter(compare(sheet, [pair for pair in pairs if pair is not None]))
     against_full = {place: next(found) for place, pair in to_full.items() if pair is not None}
     against_random = discoveries({place: next(found) for place, pair in to_random.items() if pair is not None})
+    against_plain = {place: next(found) for place, pair in to_plain.items() if pair is not None}
     hard, easy = _hard(sheet)
     rows = []
     for place in places:
@@ -152,6 +169,7 @@ def summarise(answers: Sequence[Answer]) -> Summary:
                 retention=None if full is None else _retention(sheet, place, full),
                 full=against_full.get(place),
                 random=against_random.get(place),
+                plain=against_plain.get(place),
             )
         )
     return Summary(
@@ -205,6 +223,14 @@ def _random(sheet: Sheet, place: int) -> int | None:
     """Return the row of ``random`` at the same budget."""
     size = _size(sheet.arms[place].budget)
     return next((i for i, arm in enumerate(sheet.arms) if arm.method == RANDOM and _size(arm.budget) == size), None)
+
+
+def _plain(sheet: Sheet, place: int) -> int | None:
+    """Return the row of the same method without options, at the same budget."""
+    name, options, _ = sheet.arms[place].method.partition(":")
+    size = _size(sheet.arms[place].budget)
+    same = (i for i, arm in enumerate(sheet.arms) if arm.method == name and _size(arm.budget) == size)
+    return next(same, None) if options else None
 
 
 def _retention(sheet: Sheet, place: int, full: int) -> float | None:

@@ -75,6 +75,36 @@ def everything(summary: Summary) -> Table:
     return Table(columns, rows)
 
 
+def options(summary: Summary) -> Table:
+    """Return how methods with options compare with themselves without, at the same budget."""
+    columns = [
+        "arm",
+        "budget",
+        "tokens per layer",
+        "n",
+        "% right",
+        "points to the method without options",
+        "+ / −",
+        "p",
+    ]
+    rows = []
+    for row in summary.rows:
+        if row.plain is not None:
+            alive, n = Cell(f"{row.mean_alive:.1f}", row.mean_alive), Cell(str(row.score.n), row.score.n)
+            rows.append([_name(row.arm), _name(tokens(row.budget)), alive, n, _accuracy(row), *_compared(row.plain)])
+    return Table(columns, rows)
+
+
+def whole(summary: Summary) -> Table:
+    """Return accuracy on all questions by type, of the arms that answered more of them than methods did."""
+    kinds = list(dict.fromkeys(kind for row in summary.whole for kind in row.types))
+    rows = []
+    for row in summary.whole:
+        scores = [_share(row.types.get(kind), False) for kind in kinds]
+        rows.append([_name(row.arm), Cell(str(row.score.n), row.score.n), _accuracy(row), *scores])
+    return Table(["arm", "n", "% right", *kinds], rows)
+
+
 def by_type(summary: Summary, budget: Budget) -> Table:
     """Return accuracy by method and type of question at a budget; the best is strong."""
     won = summary.won(budget)
@@ -125,17 +155,22 @@ def verdicts(summary: Summary) -> list[str]:
     return said
 
 
-def asked(summary: Summary) -> str:
-    """Return the sentence that says how much was asked."""
-    said = f"{summary.items} questions about {summary.pictures} pictures, put to {len(summary.rows)} arms."
-    if len(summary.types) == 1:
-        return said
-    return f"{said} By type: {', '.join(f'{kind} {n}' for kind, n in summary.types.items())}."
+def asked(summary: Summary, header: Mapping[str, Any]) -> str:
+    """Return the sentences that say how much was asked."""
+    about = f"{summary.items} questions about {summary.pictures} {header.get('about', 'pictures')}"
+    said = f"{about}, put to {len(summary.rows)} arms."
+    if len(summary.types) > 1:
+        said += f" By type: {', '.join(f'{kind} {n}' for kind, n in summary.types.items())}."
+    if summary.whole:
+        every = ", ".join(f"{row.arm} {_score(row.score).text} % of {row.score.n}" for row in summary.whole)
+        said += f" Two arms answered further questions as well; right over all of them: {every}."
+    return said
 
 
 def unfinished(summary: Summary, header: Mapping[str, Any]) -> str:
     """Return which arms have not answered everything yet; empty if all have."""
-    n = max(summary.items, header["n"] if isinstance(header.get("n"), int) else 0)
+    told = header.get("first", header.get("n"))
+    n = max(summary.items, told if isinstance(told, int) else 0)
     behind = [f"{row.arm} {row.score.n}" for row in summary.rows if row.score.n < n]
     return f"Unfinished: fewer than {n} questions were answered by {', '.join(behind)}." if behind else ""
 

@@ -1,4 +1,4 @@
-"""What is asked: questions about pictures with their answers, from the demo world, a folder, JSONL or parquet."""
+"""What is asked: questions about pictures and videos with their answers, from a demo world or from files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foveate.errors import MissingDependency, TaskError, did_you_mean
-
-if TYPE_CHECKING:
-    from PIL import Image
+from foveate.lab.media import Media, Video, open_picture, open_video
 
 #: The files of a folder that may hold its questions, the first that is there.
 QUESTION_FILES = ("questions.jsonl", "metadata.jsonl")
 SCORES = ("exact", "contains")
+
+#: Frames that are read of a video at most, where a row does not say.
+FRAMES = 16
+
+#: Questions of a demo world's held-out set.
+HELD_OUT = 2000
+
 _LINE = 'one object a line: {"image": "a.png", "question": "...", "answer": "..."}'
 _SIGNS = f"[{re.escape(string.punctuation)}]"
 
@@ -30,7 +36,7 @@ class Item:
 
     Args:
         name: Its name in the task, unique.
-        pictures: Keys of its pictures, in the order of the prompt; `Task.open` opens them.
+        pictures: Keys of its pictures, in the order of the prompt, or of its video; `Task.open` opens them.
         question: What is asked.
         answers: What counts as right, any of them.
         type: The kind of question, for tables by type.
@@ -45,21 +51,23 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions, and how to open their pictures."""
+    """Questions, how to open what they are about, and what that is called."""
 
     name: str
     items: tuple[Item, ...]
-    open: Callable[[str], Image.Image]
+    open: Callable[[str], Media]
+    about: str = "pictures"
 
 
 def load_task(source: str, n: int | None = None) -> Task:
     """Read a task.
 
     Args:
-        source: ``demo``: the demo world's held-out set, 2,000 questions. Or a JSONL or parquet file, or a folder that
-            holds ``questions.jsonl``, ``metadata.jsonl`` or one parquet file. Each row has ``image`` (a path from the
-            file's folder; in parquet also the picture's bytes) or ``images``, ``question``, and ``answer`` or
-            ``answers``; it may have ``type`` and ``id``.
+        source: ``demo``, ``demo-hd`` or ``demo-video``: the held-out set of that world, 2,000 questions. Or a JSONL or
+            parquet file, or a folder that holds ``questions.jsonl``, ``metadata.jsonl`` or one parquet file. Each row
+            has ``image`` (a path from the file's folder; in parquet also the picture's bytes), ``images`` or ``video``
+            (a folder of frames, a moving GIF or WebP, or a film), ``question``, and ``answer`` or ``answers``; it may
+            have ``type``, ``id``, and ``frames``, the most that are read of its video.
         n: Take the first n questions only.
 
     Raises:
@@ -69,7 +77,7 @@ def load_task(source: str, n: int | None = None) -> Task:
     if n is not None and n < 1:
         raise TaskError(f"a task has at least one question, got n={n}", "leave n out for all questions")
     path = Path(source)
-    task = _demo(n) if source == "demo" else _table(_file(path), n)
+    task = _world(source, n) if source in WORLDS else _table(_file(path), n)
     if not task.items:
         raise TaskError(f"no question in {source}", "a row has image, question and answer")
     return task
@@ -108,20 +116,53 @@ def normalise(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
 
 
-def _demo(n: int | None) -> Task:
+def _demo() -> tuple[Any, Callable[[str], Media], Callable[[int], tuple[str, ...]]]:
     from foveate.demo.world import held_out, scene
 
-    whole = 2000 if n is None else min(2000, -(-n // 4) * 4)
+    return held_out, lambda key: scene(int(key)).image, lambda seed: (str(seed),)
+
+
+def _demo_hd() -> tuple[Any, Callable[[str], Media], Callable[[int], tuple[str, ...]]]:
+    from foveate.demo.hd.world import contents, held_out, scene
+
+    drawn = lru_cache(maxsize=1)(scene)  # the two pictures of a scene are drawn together
+
+    def open_one(key: str) -> Media:
+        seed, _, number = key.partition("/")
+        return drawn(int(seed)).pictures[int(number)]
+
+    return held_out, open_one, lambda seed: tuple(f"{seed}/{number}" for number in range(len(contents(seed)[1])))
+
+
+def _demo_video() -> tuple[Any, Callable[[str], Media], Callable[[int], tuple[str, ...]]]:
+    from foveate.demo.video.world import clip, held_out
+
+    return held_out, lambda key: Video(clip(int(key)).frames), lambda seed: (str(seed),)
+
+
+#: The demo models' worlds: the held-out set, what a key opens, and the keys of a seed.
+WORLDS = {"demo": _demo, "demo-hd": _demo_hd, "demo-video": _demo_video}
+
+
+#: What their questions are about, where it is not single pictures.
+ABOUT = {"demo-hd": "pictures or pairs of them", "demo-video": "clips"}
+
+
+def _world(name: str, n: int | None) -> Task:
+    held_out, opened, keys = WORLDS[name]()
+    whole = HELD_OUT if n is None else min(HELD_OUT, -(-n // 4) * 4)
     items = [
-        Item(str(i), (str(seed),), question.text, (question.answer,), question.type)
+        Item(str(i), keys(seed), question.text, (question.answer,), question.type)
         for i, (seed, question) in enumerate(held_out(whole))
     ]
-    return Task("demo", tuple(items[:n]), lambda key: scene(int(key)).image)
+    return Task(name, tuple(items[:n]), opened, ABOUT.get(name, Task.about))
 
 
 def _file(path: Path) -> Path:
     if not path.exists():
-        raise TaskError(f"no such task: {path}", "pass 'demo', a JSONL or parquet file, or a folder that holds one")
+        raise TaskError(
+            f"no such task: {path}", f"pass {', '.join(WORLDS)}, a JSONL or parquet file, or a folder that holds one"
+        )
     if path.is_file():
         return path
     found = [path / name for name in QUESTION_FILES if (path / name).is_file()] or sorted(path.glob("*.parquet"))
@@ -136,11 +177,11 @@ def _file(path: Path) -> Path:
 
 def _table(path: Path, n: int | None) -> Task:
     rows: Sequence[Mapping[str, Any]] = _parquet(path, n) if path.suffix == ".parquet" else _jsonl(path, n)
-    stored: dict[str, bytes] = {}
+    stored: dict[str, bytes | tuple[Path, int]] = {}
     items: dict[str, Item] = {}
     for place, row in enumerate(rows):
         where = f"{path}, row {place + 1}"
-        pictures = tuple(_picture(value, path, stored, where) for value in _pictures(row, where))
+        pictures = _shown(row, path, stored, where)
         answers = row.get("answers", row.get("answer"))
         answers = [answers] if isinstance(answers, str | int | float) else answers
         if not row.get("question") or not answers:
@@ -153,6 +194,7 @@ def _table(path: Path, n: int | None) -> Task:
         path.stem if path.stem not in ("questions", "metadata") else path.parent.name,
         tuple(items.values()),
         _opener(stored),
+        "videos" if any(isinstance(kept, tuple) for kept in stored.values()) else Task.about,
     )
 
 
@@ -185,15 +227,29 @@ def _parquet(path: Path, n: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _pictures(row: Mapping[str, Any], where: str) -> list[Any]:
+def _shown(row: Mapping[str, Any], path: Path, stored: dict[str, Any], where: str) -> tuple[str, ...]:
+    """Return the keys of what a row is about."""
     value = row.get("images", row.get("image", row.get("file_name")))
     pictures = value if isinstance(value, list) else [] if value is None else [value]
-    if not pictures:
+    video = row.get("video")
+    if not pictures and video is None:
         raise TaskError(f"{where} has no picture; it has {', '.join(row)}", "each row has image, question and answer")
-    return pictures
+    if pictures and video is not None:
+        raise TaskError(f"{where} has pictures and a video", "ask about one video, or about pictures")
+    if video is None:
+        return tuple(_picture(one, path, stored, where) for one in pictures)
+    most = row.get("frames", FRAMES)
+    if not isinstance(video, str) or isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise TaskError(f"{where}: video is a path, frames a number", 'like "video": "clip.mp4", "frames": 8')
+    file = path.parent / video
+    if not file.exists():
+        raise TaskError(f"{where}: no such video: {file}", f"paths count from {path.parent}")
+    key = str(file) if most == FRAMES else f"{file}, {most} frames"
+    stored[key] = file, most
+    return (key,)
 
 
-def _picture(value: Any, path: Path, stored: dict[str, bytes], where: str) -> str:
+def _picture(value: Any, path: Path, stored: dict[str, Any], where: str) -> str:
     """Return the key of a picture: its path, or the digest under which its bytes are kept."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -209,14 +265,11 @@ def _picture(value: Any, path: Path, stored: dict[str, bytes], where: str) -> st
     return str(file)
 
 
-def _opener(stored: Mapping[str, bytes]) -> Callable[[str], Image.Image]:
-    def open_one(key: str) -> Image.Image:
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(io.BytesIO(stored[key]) if key in stored else key) as picture:
-                return ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them on broken files
-            raise TaskError(f"not a readable picture: {key}", "pass complete PNG, JPEG or WebP files") from error
+def _opener(stored: Mapping[str, bytes | tuple[Path, int]]) -> Callable[[str], Media]:
+    def open_one(key: str) -> Media:
+        kept = stored.get(key)
+        if isinstance(kept, tuple):
+            return open_video(*kept)
+        return open_picture(key if kept is None else io.BytesIO(kept), key)
 
     return open_one

@@ -44,11 +44,11 @@ class AdaV(PromptMethod):
         keep: Tokens per image (int) or fraction that stays (float); the code's ``overall_tokens``.
         temperature: Factor T on the cosines, > 0; the code's 100.
         fixed: Share of the budget that each list has for certain, in [0, 0.5]; the code's 0.25.
-        compat: Reproduce the released code (crops of 576 tokens, or one crop).
+        compat: Reproduce the released code, which is for crops of 576 tokens; others are shifted by i alike.
         per: What the budget is for in a video: the whole ``video``, or each ``frame``.
 
     Raises:
-        BudgetError: If an option is out of range, or ``compat`` meets a budget or crops the released code cannot serve.
+        BudgetError: If an option is out of range, or ``compat`` meets a budget of which the released code keeps nothing.
 
     Example:
         >>> AdaV(keep=64).count(576), AdaV(keep=144, compat=True).count(2880)
@@ -81,8 +81,6 @@ class AdaV(PromptMethod):
     def select(self, evidence: Evidence, site: int) -> Selection:
         n, k, crops = evidence.n, self.count(evidence.n), evidence.by_crop()
         saliency, text = evidence.require("encoder_saliency").float(), evidence.require("text")
-        if self.compat and len(crops) != max(1, n // 576):
-            raise BudgetError(f"compat=true knows crops of 576 tokens only, got {evidence.crops}", "use compat=false")
         logits = self.temperature * unit(text) @ unit(evidence.features).T
         relevance = logits.log_softmax(dim=1).amax(dim=0) if len(text) else torch.full_like(saliency, float("-inf"))
         by_text = descending(relevance)
@@ -96,7 +94,7 @@ class AdaV(PromptMethod):
         if self.compat and k < n:
             place = torch.arange(k, device=text.device)
             shifted = torch.cat([i + top for i, top in enumerate(tops)])[order]
-            keep = torch.where(place < n_text, by_text[:k], shifted[(place - n_text).clamp(min=0)])
+            keep = torch.where(place < n_text, by_text[:k], shifted[(place - n_text).clamp(0, len(shifted) - 1)])
             return Selection(keep=keep.sort().values, repeats=True)
         rank = _lengthened(ranks(by_text, n, _NEVER), ranks(by_saliency, n, _NEVER), n_text, k - n_text)
         return Selection(keep=top_k(-rank, k), scores=1.0 - rank.float() / n)

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from foveate.draw.overlay import Frames, opened
+from foveate.draw.overlay import Frames, films
 from foveate.draw.panels import panels
 from foveate.draw.scene import RAMP
 from foveate.draw.svg import data_uri
@@ -31,7 +31,6 @@ COLOURS = {
 #: Pixels of a picture's longer side, at most; larger ones are stored smaller.
 LARGEST = 2048
 _MIB = 2**20
-_PLAIN = (128, 132, 140)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +107,8 @@ def render(
         raise ValueError(f"start is one of {len(runs)} runs, got {start}")
     images = runs[0].report.images
     known = len(pictures) == len(images)
-    films = [opened(each) for each in pictures] if known else [[Image.new("RGB", (512, 512), _PLAIN)] for _ in images]
     data = {
-        "images": [_image(*pair, crop) for pair in zip(images, films, strict=True)],
+        "images": [_image(*pair, crop) for pair in zip(images, films(pictures, images), strict=True)],
         "runs": [_run(run) for run in runs],
         "start": start,
         "ramp": [f"rgb({red},{green},{blue})" for red, green, blue in RAMP],

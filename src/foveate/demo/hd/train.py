@@ -1,0 +1,130 @@
+"""Trains demo-hd: `python -m foveate.demo.hd.train --out DIR --stage see --minutes 20`.
+
+Two stages, each resumable, on the weights of the demo model: `see` trains the vision tower on labels of every patch of crops and
+thumbnails; `read` trains projector, newline and decoder behind it, many questions behind one picture or two. Visual tokens are never
+dropped or masked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.demo.hd import build
+from foveate.demo.hd.data import Mix, Stream, collate
+from foveate.demo.hd.network import Heads, Probes, frames, read, see
+from foveate.demo.hd.questions import TYPES
+from foveate.demo.hd.world import PAIRS, SIZES, VALIDATION, Look, contents
+from foveate.demo.loop import Loop, Phase, command
+
+
+FIRST = tuple(PAIRS.items())
+"""The smallest pictures, two crops with a border."""
+TALL = tuple((size, grid) for size, grid in SIZES.items() if grid[0] * grid[1] == 2)
+"""Pictures of two crops."""
+
+
+class Trainer(Loop):
+    """The recipe of demo-hd."""
+
+    plan: ClassVar[dict[str, tuple[Phase, ...]]] = {
+        "see": (
+            Phase(0.15, Mix(look=Look((34, 70), (80, 180), (38, 56))), 24),
+            Phase(0.45, Mix(look=Look((24, 56), (80, 180), (26, 42))), 24),
+            Phase(1.00, Mix(look=Look((19, 50), (80, 180), (19, 32))), 24),
+        ),
+        "read": (
+            Phase(0.20, Mix(FIRST, pair=0.25, questions=18), 2200),
+            Phase(0.50, Mix(TALL, pair=0.30, questions=18), 2200),
+            Phase(1.00, Mix(pair=0.25, questions=18), 2200),
+        ),
+        "joint": (Phase(1.00, Mix(pair=0.25, questions=18), 2200),),
+    }
+    rates: ClassVar[dict[str, tuple[float, float]]] = {"see": (1.5e-3, 1e-3), "read": (1.5e-3, 1e-3), "joint": (6e-4, 4e-4)}
+
+    def build(self, seed: int) -> None:
+        """The model as training starts."""
+        self.tokens = build.tokenizer()
+        self.model = build.model(self.tokens, seed)
+        self.tower: Any = self.model.model.vision_tower
+        self.probes = Probes(256)
+        self.heads = nn.ModuleList([Heads(192), Heads(192), self.probes])
+
+    def parts(self) -> Sequence[nn.Module]:
+        """What this stage learns."""
+        inner = self.model.model
+        if self.stage == "see":
+            return [self.tower, self.heads]
+        if self.stage == "joint":
+            return [self.model, self.heads]
+        return [inner.multi_modal_projector, inner.language_model, self.probes, nn.ParameterList([inner.image_newline])]
+
+    def stream(self, phase: Phase, batch: int, seed: int) -> Any:
+        """Training data of a phase."""
+        return Stream(phase.mix, batch, seed, self.tokens)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """Loss and scores of one batch in this stage."""
+        picture = frames(batch, self.device)
+        if self.stage == "read":
+            with torch.no_grad():
+                states = see(self.tower, picture, layers=7)
+            loss, right = self._answers(states[-1][:, 1:], batch)
+            return loss, {kind: sum(r) / len(r) for kind, r in right.items()}
+        states = see(self.tower, picture)
+        main, scores = self.heads[0](states[-2], batch)
+        last, _ = self.heads[1](states[-1], batch)
+        loss = main + 0.25 * last
+        if self.stage == "joint":
+            answers, right = self._answers(states[-2][:, 1:], batch)
+            return answers + 0.1 * loss, {kind: sum(r) / len(r) for kind, r in right.items()}
+        return loss, scores
+
+    def _answers(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, list[bool]]]:
+        """Loss of reading, and of each question whether its whole answer was right, by type."""
+        logits, target, where, extra = read(self.model, features, batch, self.tokens, self.probes)
+        good = (logits.argmax(1) == target).tolist()
+        whole: dict[tuple[int, int], bool] = {}
+        types: dict[tuple[int, int], str] = {}
+        for (row, column), right in zip(where.tolist(), good, strict=True):
+            key = row, int(batch["segment"][row, column])
+            whole[key] = whole.get(key, True) and right
+            types[key] = TYPES[int(batch["type"][row, column])]
+        result: dict[str, list[bool]] = defaultdict(list)
+        for key, right in whole.items():
+            result[types[key]].append(right)
+        return F.cross_entropy(logits, target) + extra, result
+
+    @torch.no_grad()
+    def validate(self, n: int = 32) -> dict[str, float]:
+        """Scores on fixed samples of the validation seeds."""
+        sums: dict[str, list[float]] = defaultdict(list)
+        with torch.autocast(self.device, torch.bfloat16):
+            if self.stage == "see":
+                for batch in islice(Stream(Mix(), 24, VALIDATION[0]), 6):
+                    for name, value in self.loss(batch)[1].items():
+                        sums[name].append(value)
+            for seed in VALIDATION[:n] if self.stage != "see" else ():
+                size, items = contents(seed)
+                batch = collate(np.random.default_rng([seed, 26]), size, (SIZES | PAIRS)[size], [items], 12, self.tokens)
+                features = see(self.tower, frames(batch, self.device), layers=7)[-1][:, 1:]
+                for name, right in self._answers(features, batch)[1].items():
+                    sums[name] += [float(r) for r in right]
+        result = {name: sum(v) / len(v) for name, v in sums.items()}
+        return {"mean": sum(result.values()) / len(result)} | result
+
+    def save(self, folder: Path) -> None:
+        """Writes the model for its users."""
+        build.save(self.model, folder)
+
+
+if __name__ == "__main__":
+    command(Trainer, __doc__)
