@@ -21,7 +21,6 @@ from foveate.demo.loop import Phase
 from foveate.demo.world import COLOURS, SHAPES, WORDS
 
 
-
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
     """The model as its training starts."""

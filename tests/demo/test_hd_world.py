@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from transformers.image_processing_utils import select_best_resolution
 
-from foveate.demo.hd import world
 from foveate.demo.hd.build import PINPOINTS
 from foveate.demo.hd.paint import ground, paint
 from foveate.demo.hd.questions import DOUBLE, SINGLE, TYPES, ask
@@ -77,7 +76,7 @@ def test_nothing_overlaps_and_no_crop_cuts_a_small_thing() -> None:
         for items in pictures:
             for i, a in enumerate(items):
                 left, top, right, bottom = a.box
-                assert 0 <= left and 0 <= top and right <= width and bottom <= height
+                assert left >= 0 and top >= 0 and right <= width and bottom <= height
                 for other in (o.box for o in items[:i]):
                     assert left >= other[2] or other[0] >= right or top >= other[3] or other[1] >= bottom
                 if a.kind != "shape" or a.size <= LOOK.small[1]:
@@ -109,7 +108,7 @@ def test_a_faint_shape_is_seen_but_stands_out_less_than_any_other() -> None:
 
 
 def test_presence(asked: list[Asked]) -> None:
-    for ((items,), q) in of_type(asked, "presence"):
+    for (items,), q in of_type(asked, "presence"):
         colour, shape = pair_in(q.text)
         there = any(i.kind == "shape" and (i.colour, i.name) == (colour, shape) for i in items)
         assert q.answer == ("yes" if there else "no")
@@ -117,33 +116,35 @@ def test_presence(asked: list[Asked]) -> None:
 
 
 def test_colour(asked: list[Asked]) -> None:
-    for ((items,), q) in of_type(asked, "colour"):
+    for (items,), q in of_type(asked, "colour"):
         shape = q.text.rstrip("?").split()[-1]
         (item,) = [i for i in items if i.name == shape]
         assert item.colour == q.answer and item.size <= LOOK.small[1]
 
 
 def test_faint(asked: list[Asked]) -> None:
-    for ((items,), q) in of_type(asked, "faint"):
+    for (items,), q in of_type(asked, "faint"):
         assert [i.name for i in items if i.kind == "faint"] == [q.answer]
         assert [i.kind for i in items if i.name == q.answer] == ["faint"]
 
 
 @pytest.mark.parametrize("kind", ["word", "number"])
 def test_reading(asked: list[Asked], kind: str) -> None:
-    for ((items,), q) in of_type(asked, kind):
+    for (items,), q in of_type(asked, kind):
         colour = next(c for c in COLOURS if f"{c} sign" in q.text)
-        assert [(i.kind, i.name) for i in items if i.colour == colour and i.kind in ("word", "number")] == [(kind, q.answer)]
+        assert [(i.kind, i.name) for i in items if i.colour == colour and i.kind in ("word", "number")] == [
+            (kind, q.answer)
+        ]
 
 
 def test_sign(asked: list[Asked]) -> None:
-    for ((items,), q) in of_type(asked, "sign"):
+    for (items,), q in of_type(asked, "sign"):
         word = q.text.rstrip("?").split()[-1]
         assert [i.colour for i in items if i.kind == "word" and i.name == word] == [q.answer]
 
 
 def test_which(asked: list[Asked]) -> None:
-    for (pictures, q) in of_type(asked, "which"):
+    for pictures, q in of_type(asked, "which"):
         if "word" in q.text:
             word = q.text.rstrip("?").split()[-1]
             there = [any(i.name == word for i in items) for items in pictures]
@@ -154,7 +155,7 @@ def test_which(asked: list[Asked]) -> None:
 
 
 def test_differs(asked: list[Asked]) -> None:
-    for ((first, second), q) in of_type(asked, "differs"):
+    for (first, second), q in of_type(asked, "differs"):
         before = {i.name for i in first}
         (new,) = [i for i in second if i.kind == "shape" and i.name not in before]
         assert q.answer == (new.colour if "colour" in q.text else new.name)
@@ -179,5 +180,3 @@ def test_held_out_set_is_the_pinned_one_and_balanced() -> None:
     for kind, number in (("colour", 8), ("sign", 8), ("faint", 8), ("word", 48)):
         answers = Counter(q.answer for _, q in chosen if q.type == kind)
         assert len(answers) == number and max(answers.values()) <= 2 * types[kind] / number
-
-

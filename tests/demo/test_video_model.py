@@ -67,7 +67,7 @@ def test_the_bundled_questions_are_true() -> None:
 
 def test_it_reads_its_world_and_not_the_questions_alone(loaded: tuple[Any, Any]) -> None:
     right, blind, total = 0, 0, 0
-    for seed in VALIDATION[500:506]:
+    for seed in VALIDATION[500:503]:
         shown = clip(seed)
         asked = [next(group) for _, group in groupby(shown.questions, lambda q: q.type)]
         texts, true = [q.text for q in asked], [q.answer for q in asked]
@@ -75,4 +75,4 @@ def test_it_reads_its_world_and_not_the_questions_alone(loaded: tuple[Any, Any])
         right += sum(a == b for a, b in zip(answers(loaded, shown.frames, texts), true, strict=True))
         blind += sum(a == b for a, b in zip(answers(loaded, grey, texts), true, strict=True))
         total += len(asked)
-    assert total > 35 and right / total >= FLOOR and blind / total <= 0.5
+    assert total > 18 and right / total >= FLOOR and blind / total <= 0.5

@@ -141,7 +141,8 @@ def test_a_step_of_each_stage_and_resuming(stage: str, tmp_path: Path, monkeypat
 def test_only_the_best_is_kept(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path, "read", 1, "cpu")
     place = tmp_path / "weights" / "video"
-    place.parent.mkdir()
+    place.mkdir(parents=True)
+    (place / "CARD.md").write_text("what it is")
     for reached, kept in ((0.5, 0.5), (0.4, 0.5), (0.6, 0.6)):
         trainer.reached = reached
         with torch.no_grad():
@@ -149,3 +150,4 @@ def test_only_the_best_is_kept(tmp_path: Path) -> None:
         trainer.save(place)
         loaded = type(trainer.model).from_pretrained(place)
         assert loaded.model.image_newline[0].item() == pytest.approx(kept, abs=0.01)
+    assert (place / "CARD.md").read_text() == "what it is"

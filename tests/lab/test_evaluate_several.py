@@ -20,13 +20,15 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from typer.testing import CliRunner
 
 import foveate
+from foveate.cli import app
 from foveate.demo.hd import build as hd
 from foveate.demo.video import build as clips
-from foveate.errors import TaskError, UnknownMethod
+from foveate.errors import TaskError, UnknownMethod, UnsupportedCall
 from foveate.families import family_of
-from foveate.lab import page, tables
+from foveate.lab import evaluate, page, tables
 from foveate.lab.answers import Answer, read
 from foveate.lab.chat import answers, prepare, visual_tokens
 from foveate.lab.contest import BLIND, BUDGETS, FULL, Arm, contest, expected_mean, read_arms
@@ -223,6 +225,19 @@ def test_a_smaller_video_has_fewer_frames(moving: Any, tmp_path: Path) -> None:
     assert alive == {"downscale:keep=0.5": [4, 2, 4], "downscale:keep=80": [2, 2, 2], "downscale:keep=0.1": [1, 1, 1]}
 
 
+def test_where_nothing_can_be_made_smaller_the_others_go_on(
+    moving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> Any:
+        raise UnsupportedCall("the prompts have no places")
+
+    monkeypatch.setattr(evaluate, "downscaled", refuses)
+    log = tmp_path / "a.jsonl"
+    asked = Run(*moving, videos(2), [FULL, Arm("downscale:keep=0.5", "downscale", 0.5), METHODS[0]], log, {}, limit=1)
+    assert sum(n for _, n in asked.answers()) == 4
+    assert read(log)[0]["refused"] == {"downscale:keep=0.5": "the prompts have no places"}
+
+
 def test_methods_may_be_asked_less_and_later_more(tiled: Any, tmp_path: Path) -> None:
     task, log = pairs(), tmp_path / "a.jsonl"
     arms = [FULL, BLIND, METHODS[0]]
@@ -285,3 +300,18 @@ def test_the_arms_of_the_demo_models_contests_can_run(name: str) -> None:
         if "stages" in arm.name and arm.budget is not None:
             mean = expected_mean(foveate.from_spec(arm.name), tokens, 12) / tokens
             assert mean == pytest.approx(arm.budget, abs=0.002), arm.name
+
+
+def test_the_command_asks_a_demo_model_about_its_own_world(tmp_path: Path) -> None:
+    asked = ["eval", "demo-video", "--n", "4", "--method", "grid", "--max-new-tokens", "2", "--out", str(tmp_path)]
+    told = CliRunner().invoke(app, [*asked, "--estimate"], catch_exceptions=False)
+    # full, blind; downscale, random and grid at three shares
+    assert told.exit_code == 0 and "11 arms, 4 questions: 44 of 44 answers to give" in told.stderr
+    short = ["--keep", "0.05", "--method", "fastv", "--first", "1", "--name", "clips", "--dtype", "bfloat16"]
+    ran = CliRunner().invoke(app, [*asked, *short], catch_exceptions=False)
+    assert "left out: fastv:keep=0.05" in ran.stderr
+    assert ran.exit_code == 0 and {file.name for file in tmp_path.iterdir()} == {
+        f"clips.{kind}" for kind in ("jsonl", "csv", "md", "html")
+    }
+    header, given = read(tmp_path / "clips.jsonl")
+    assert header["task"] == header["model"] == "demo-video" and header["about"] == "clips" and len(given) == 4 + 4 + 3

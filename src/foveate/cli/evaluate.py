@@ -74,8 +74,8 @@ def evaluate(
     if threads is not None:
         _set_threads(threads)
     everyone, refused = contest(network, method, budgets, tokens_of(network, processor, questions), more)
-    for name, why in refused.items():
-        _note(f"left out: {name}: {why}")
+    for left_out, why in refused.items():
+        _note(f"left out: {left_out}: {why}")
     header = environment() | {"model": model, "command": shlex.join(["foveate", *sys.argv[1:]]), "refused": refused}
     log = out / f"{name}.jsonl"
     options: dict[str, Any] = {"score": score, "batch": batch, "limit": max_new_tokens, "first": first}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -126,9 +128,11 @@ class Heads(nn.Module):
         return loss, scores
 
 
-def decode(
-    decoder: Any, inputs: Tensor, positions: Tensor, seen: Tensor, prefix: int, named: Tensor, middles: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called in every layer of a decoder with its number, the hidden states before it, its rotated queries and keys."""
+
+
+def decode(decoder: Any, inputs: Tensor, positions: Tensor, seen: Tensor, prefix: int, watch: Watch) -> Tensor:
     """Runs a `LlamaModel` on prefix and questions; the same numbers as its own forward with a block mask, in less time.
 
     The last layer of the prefix, which nothing reads, is left out.
@@ -139,63 +143,67 @@ def decode(
         positions: Rotary positions (b, prefix + t).
         seen: What each place of the questions may attend to (b, 1, t, prefix + t).
         prefix: Length of the prefix.
-        named: Which patches show what a token names (b, t, n).
-        middles: Which of these are the middle of their object; tokens that name no shape are -1 (b, t, n).
+        watch: Sees what goes on in every layer.
 
     Returns:
-        Final hidden states of the questions (b, t, d), those before `PLACED` and `COMPARED` and after `HINTED`, and
-        how far two heads of the `GUIDED` layers are from looking, from the name of a shape, the first at its patches,
-        the second at the middles of its objects and, for what is left, at the first token.
+        Final hidden states of the questions (b, t, d).
     """
     kind = precision(inputs)
     cos, sin = (v.to(kind)[:, None] for v in decoder.rotary_emb(inputs, positions))
     size = decoder.layers[0].self_attn.head_dim
     sin = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], -1)
-    mask = torch.zeros(seen.shape, dtype=kind, device=inputs.device).masked_fill_(~seen, torch.finfo(kind).min)
-    causal = torch.full((prefix, prefix), torch.finfo(kind).min, dtype=kind, device=inputs.device).triu(1)
+    lowest = torch.finfo(kind).min
+    mask = torch.zeros(seen.shape, dtype=kind, device=inputs.device).masked_fill_(~seen, lowest)
+    causal = torch.full((prefix, prefix), lowest, dtype=kind, device=inputs.device).triu(1)
+    pieces = max(2, prefix // 150)
+    cuts = [prefix * i // pieces for i in range(pieces + 1)]
     hidden = inputs
-    early = late = middle = hidden[:, prefix:]
-    rows, patches = named.any(-1), slice(prefix - named.shape[2], prefix)
-    counted = middles[..., 0] >= 0
-    goal = torch.cat([torch.full_like(middles[..., :1], SINK), middles], -1)[counted].float()
-    goal = goal / goal.sum(1, keepdim=True)
-    stray = hidden.new_zeros(())
     for index, layer in enumerate(decoder.layers):
-        last = layer is decoder.layers[-1]
         attention, norm = layer.self_attn, layer.input_layernorm
         weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         normed = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon).to(kind)
         mixed = F.linear(normed, weight).unflatten(2, (3, -1, size)).permute(2, 0, 3, 1, 4)
-        q, k, v = mixed[:2] * cos + mixed[:2].roll(size // 2, -1) * sin, None, mixed[2]
-        q, k = q[0], q[1]
-        asked = attend(q[:, :, prefix:], k, v, mask)
-        if index in GUIDED:
-            looks = (q[:, 0, prefix:] @ k[:, 0, patches].transpose(1, 2))[rows].float() * size**-0.5
-            stray = stray - (looks.masked_fill(~named[rows], -1e4).logsumexp(1) - looks.logsumexp(1)).mean()
-            keys = torch.cat([k[:, 1, :1], k[:, 1, patches]], 1)
-            counts = (q[:, 1, prefix:] @ keys.transpose(1, 2))[counted].float() * size**-0.5
-            stray = stray - (goal * (counts.log_softmax(1) - goal.clamp(1e-6).log())).sum(1).mean()
-        if index == PLACED:
-            early = hidden[:, prefix:]
-        if index == COMPARED:
-            late = hidden[:, prefix:]
-        if last:
-            hidden, heard = hidden[:, prefix:], asked
+        (q, k), v = mixed[:2] * cos + mixed[:2].roll(size // 2, -1) * sin, mixed[2]
+        watch(index, hidden, q, k)
+        heard = attend(q[:, :, prefix:], k, v, mask)
+        if layer is decoder.layers[-1]:
+            hidden = hidden[:, prefix:]
         else:
-            half = prefix // 2
-            first = attend(q[:, :, :half], k[:, :, :half], v[:, :, :half], causal[:half, :half])
-            second = attend(q[:, :, half:prefix], k[:, :, :prefix], v[:, :, :prefix], causal[half:])
-            heard = torch.cat([first, second, asked], 2)
+            parts = [attend(q[:, :, i:j], k[:, :, :j], v[:, :, :j], causal[i:j, :j]) for i, j in pairwise(cuts)]
+            heard = torch.cat([*parts, heard], 2)
         hidden = hidden + attention.o_proj(heard.transpose(1, 2).flatten(2))
         mlp, norm = layer.mlp, layer.post_attention_layernorm
         normed = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon).to(kind)
         gate, up = F.linear(normed, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])).chunk(2, -1)
         hidden = hidden + mlp.down_proj(F.silu(gate) * up)
-        if index == HINTED:
-            middle = hidden[:, prefix:]
     norm = decoder.norm
-    hidden = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    return hidden, (early, late, middle), stray / len(GUIDED)
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def astray(q: Tensor, k: Tensor, prefix: int, named: Tensor, middles: Tensor) -> Tensor:
+    """How far two heads are from looking, from the name of a shape, the first at its patches, the second at the middles
+    of its objects and, for what is left, at the first token.
+
+    Args:
+        q: Rotated queries of a layer (b, heads, prefix + t, d).
+        k: Its rotated keys (b, heads, prefix + t, d).
+        prefix: Length of the prefix.
+        named: Which patches show what a token names (b, t, n).
+        middles: Which of these are the middle of their object; tokens that name no shape are -1 (b, t, n).
+
+    Returns:
+        The loss, a scalar.
+    """
+    size, rows, patches = q.shape[-1], named.any(-1), slice(prefix - named.shape[2], prefix)
+    counted = middles[..., 0] >= 0
+    goal = torch.cat([torch.full_like(middles[..., :1], SINK), middles], -1)[counted].float()
+    goal = goal / goal.sum(1, keepdim=True)
+    looks = (q[:, 0, prefix:] @ k[:, 0, patches].transpose(1, 2))[rows].float() * size**-0.5
+    stray = -(looks.masked_fill(~named[rows], -1e4).logsumexp(1) - looks.logsumexp(1)).mean()
+    keys = torch.cat([k[:, 1, :1], k[:, 1, patches]], 1)
+    counts = (q[:, 1, prefix:] @ keys.transpose(1, 2))[counted].float() * size**-0.5
+    total: Tensor = stray - (goal * (counts.log_softmax(1) - goal.clamp(1e-6).log())).sum(1).mean()
+    return total
 
 
 def point(batch: dict[str, Any], tokens: Any, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -261,7 +269,7 @@ def read(
 
     Returns:
         Logits at the places where an answer is to be learned, the true tokens there, the place as (row, column), and
-        the loss of `naming` and of looking astray, see `decode`.
+        the loss of `naming` and of looking astray, see `astray`.
     """
     device = features.device
     visual = model.model.multi_modal_projector(features)
@@ -277,9 +285,17 @@ def read(
     asker = mine[:, prefix:, None]
     seen = causal & ((mine[:, None, :] == 0) | (mine[:, None, :] == asker))
     named, middles = point(batch, tokens, device)
-    hidden, (early, late, middle), stray = decode(
-        model.model.language_model, inputs, positions, seen[:, None], prefix, named, middles
-    )
+    states: dict[int, Tensor] = {}
+    strays: list[Tensor] = []
+
+    def watch(layer: int, hidden: Tensor, q: Tensor, k: Tensor) -> None:
+        states[layer] = hidden[:, prefix:]
+        if layer in GUIDED:
+            strays.append(astray(q, k, prefix, named, middles))
+
+    hidden = decode(model.model.language_model, inputs, positions, seen[:, None], prefix, watch)
+    early, late, middle = states[PLACED], states[COMPARED], states[HINTED + 1]
+    stray = torch.stack(strays).mean()
     where = (target != IGNORE).nonzero()
     logits = model.lm_head(hidden[where[:, 0], where[:, 1]]).float()
     extra = 0.1 * naming(model, visual, batch, tokens) + 1.0 * stray

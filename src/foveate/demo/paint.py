@@ -175,7 +175,13 @@ def _write(rng: np.random.Generator, image: Image.Image, item: Print, x: int, y:
 
 
 def stamp(
-    rng: np.random.Generator, image: Image.Image, owner: Image.Image, thing: Thing, value: int, left: int = 0, top: int = 0
+    rng: np.random.Generator,
+    image: Image.Image,
+    owner: Image.Image,
+    thing: Thing,
+    value: int,
+    left: int = 0,
+    top: int = 0,
 ) -> None:
     """Paints a shape, and its number into the map of owners.
 

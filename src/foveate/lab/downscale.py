@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate import budget
 from foveate.budget import Keep
-from foveate.errors import BudgetError
+from foveate.errors import BudgetError, UnsupportedCall
 from foveate.families import family_of
 from foveate.lab.chat import prepare, visual_tokens, written
 from foveate.lab.media import Media, Video, thinned
@@ -53,6 +53,7 @@ def downscaled(
 
     Raises:
         BudgetError: If the smallest picture that the processor makes has more tokens.
+        UnsupportedCall: If tokens cannot be counted in the prompt.
     """
 
     if any(isinstance(one, Video) for row in pictures for one in row):
@@ -94,6 +95,10 @@ def _fewer(network: Any, processor: Any, one: Media, keep: Keep) -> Media:
     """Return a video with fewer frames."""
     assert isinstance(one, Video), "a row shows pictures or a video"
     whole, frames = _tokens(network, processor, one), len(one.frames)
+    if not whole:
+        raise UnsupportedCall(
+            "the prompts have no places for this video's tokens", "fewer frames cannot be counted here"
+        )
     fitting = budget.resolve_keep(keep, whole) * frames // whole
     return Video(tuple(one.frames[place] for place in thinned(frames, max(1, fitting))))
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby, zip_longest
 from operator import itemgetter
@@ -70,11 +70,11 @@ class Run:
     ) -> None:
         self.network, self.processor, self.task, self.arms = network, processor, task, list(arms)
         self.log, self.score, self.batch, self.limit = log, score, batch, limit
-        self.header = header | identity(network, task, score, limit) | ({} if first is None else {"first": first})
+        self.header = header | identity(network, task, score, limit) | {"first": first}
         self._early = {item.name for item in task.items[:first]}
         self.done = _resume(log, self.header)
         self.refused: dict[str, str] = {}
-        self._open: Callable[[str], Media] = task.open
+        self._open: dict[str, Media] = {}
         self._handle: foveate.Handle | None = None
         self._encoded: tuple[tuple[str, ...], ...] = ()
         self._tokens: dict[tuple[str, ...], list[int]] = {}
@@ -99,8 +99,7 @@ class Run:
             out.write(json.dumps({"run": self.header}) + "\n")
             try:
                 for part in (part for near in self._near() for part in near):
-                    self._prepared.clear()
-                    self._pixels.clear()
+                    self._show(part)
                     for arm in self.arms:
                         for asked in part:
                             todo = [item for item in asked if self._wants(arm, item)]
@@ -116,7 +115,9 @@ class Run:
         of the arms that read all tokens, and, as methods share theirs, for a tenth to the others.
         """
         near = next(self._near())
-        asked = near[len(near) // 2][0]
+        part = near[len(near) // 2]
+        self._show(part)
+        asked = part[0]
         with torch.inference_mode():
             self._scout(asked)
             counts = self._tokens[asked[0].pictures]
@@ -146,7 +147,7 @@ class Run:
         return (arm.name, item.name) not in self.done and (arm in (FULL, BLIND) or item.name in self._early)
 
     def _near(self) -> Iterator[list[list[list[Item]]]]:
-        """Yield parts of the task, those about neighbours together, while what they are about is open.
+        """Yield parts of the task, those about neighbours together.
 
         A part is about the same ``batch`` groups of pictures, of like size, or videos of one length. It has rounds,
         each of which asks one question about each.
@@ -159,9 +160,7 @@ class Run:
         ]
         for start in range(0, len(groups), NEAR * self.batch):
             near = groups[start : start + NEAR * self.batch]
-            opened = {key: self.task.open(key) for items in near for key in items[0].pictures}
-            self._open = opened.__getitem__
-            sized = [(_size([opened[key] for key in items[0].pictures]), items) for items in near]
+            sized = [(_size([self.task.open(key) for key in items[0].pictures]), items) for items in near]
             sized.sort(key=itemgetter(0))
             parts = []
             for _, alike in groupby(sized, lambda one: one[0][0]):
@@ -169,6 +168,13 @@ class Run:
                 for at in range(0, len(found), self.batch):
                     parts += self._rounds(found[at : at + self.batch])
             yield parts
+
+    def _show(self, part: list[list[Item]]) -> None:
+        """Open what a part is about; what is open already stays so."""
+        keys = {key for asked in part for item in asked for key in item.pictures}
+        self._open = {key: self._open[key] if key in self._open else self.task.open(key) for key in sorted(keys)}
+        self._prepared.clear()
+        self._pixels.clear()
 
     def _rounds(self, together: list[list[Item]]) -> list[list[list[Item]]]:
         """Return parts whose rounds are all about the same pictures."""
@@ -178,7 +184,9 @@ class Run:
     def _write(self, out: Any, arm: Arm, items: list[Item]) -> int:
         try:
             given, alive = self._ask(arm, items)
-        except BudgetError as error:
+        except (BudgetError, UnsupportedCall) as error:
+            if isinstance(error, UnsupportedCall) and arm.method != "downscale":
+                raise
             self.refused[arm.name] = error.message
             out.write(json.dumps({"refused": {arm.name: error.message}}) + "\n")
             self._detach()
@@ -240,7 +248,7 @@ class Run:
         self._handle = None
 
     def _prompts(self, items: list[Item]) -> tuple[list[list[Media]], list[str]]:
-        return [[self._open(key) for key in item.pictures] for item in items], [item.question for item in items]
+        return [[self._open[key] for key in item.pictures] for item in items], [item.question for item in items]
 
     def _inputs(self, arm: Arm, items: list[Item]) -> Any:
         """Return what the model reads; it is made once for all arms that see the pictures as they are."""

@@ -169,7 +169,7 @@ def asked(summary: Summary, header: Mapping[str, Any]) -> str:
 
 def unfinished(summary: Summary, header: Mapping[str, Any]) -> str:
     """Return which arms have not answered everything yet; empty if all have."""
-    told = header.get("first", header.get("n"))
+    told = header.get("first") or header.get("n")
     n = max(summary.items, told if isinstance(told, int) else 0)
     behind = [f"{row.arm} {row.score.n}" for row in summary.rows if row.score.n < n]
     return f"Unfinished: fewer than {n} questions were answered by {', '.join(behind)}." if behind else ""
@@ -220,7 +220,7 @@ def conditions(header: Mapping[str, Any]) -> dict[str, str]:
     """Return a run's header, flat: one line for each condition."""
     flat: dict[str, str] = {}
     for name, value in header.items():
-        if name == "refused":
+        if name == "refused" or value is None:
             continue
         if isinstance(value, Mapping):
             flat |= {f"{name} {inner}": text for inner, text in conditions(value).items()}

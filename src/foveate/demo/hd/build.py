@@ -65,8 +65,8 @@ def processor() -> LlavaNextProcessor:
 def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlavaNextForConditionalGeneration:
     """Demo-hd as its training starts: the demo's weights.
 
-    A patch of 28 px is embedded as the demo embeds its 14 px of the picture halved; positions are those of the middle 12 x 12 of the
-    demo's 24 x 24; new words start as the mean of their pieces.
+    A patch of 28 px is embedded as the demo embeds its 14 px of the picture halved; positions are those of the middle
+    12 x 12 of the demo's 24 x 24; new words start as the mean of their pieces.
     """
     import torch
     from transformers import (
@@ -81,12 +81,14 @@ def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlavaNextForConditi
     old: Any = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32, local_files_only=True)
     vision = old.config.vision_config.to_dict() | {"patch_size": PATCH, "image_size": CROP}
     text = old.config.text_config.to_dict() | {"vocab_size": len(tokens)}
+    ids: dict[str, Any] = {
+        "bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id
+    }  # fmt: skip
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text),
-        image_token_index=cast(int, tokens.convert_tokens_to_ids("<image>")), image_grid_pinpoints=[list(p) for p in PINPOINTS],
-        vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
-        image_seq_length=(CROP // PATCH) ** 2, tie_word_embeddings=True, bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
+        image_grid_pinpoints=[list(p) for p in PINPOINTS], image_seq_length=(CROP // PATCH) ** 2,
+        image_token_index=cast(int, tokens.convert_tokens_to_ids("<image>")), projector_hidden_act="gelu",
+        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=True, **ids,
     )  # fmt: skip
     network = LlavaNextForConditionalGeneration(config)
     network.generation_config.max_new_tokens = 8

@@ -95,7 +95,9 @@ def cut(picture: Pixels, grid: Size, smooth: bool = True) -> Pixels:
     thumbnail = image.resize((CROP, CROP), how)
     size, (left, top) = _stretch(picture, grid)
     canvas = np.zeros((grid[1] * CROP, grid[0] * CROP, *picture.shape[2:]), np.uint8)
-    canvas[top : top + size[1], left : left + size[0]] = np.asarray(image if size == image.size else image.resize(size, how))
+    canvas[top : top + size[1], left : left + size[0]] = np.asarray(
+        image if size == image.size else image.resize(size, how)
+    )
     crops = canvas.reshape(grid[1], CROP, grid[0], CROP, *picture.shape[2:]).swapaxes(1, 2)
     return np.concatenate([np.asarray(thumbnail)[None], crops.reshape(-1, CROP, CROP, *picture.shape[2:])])
 
@@ -109,9 +111,9 @@ def label(items: Sequence[Item], owner: Pixels, grid: Size) -> Labels:
         grid: Crops across and down.
 
     Returns:
-        For each name in `LABELS` an array (frames, patches), "item" (the item of a patch from 1, 0 nothing, -1 unclear), "letters"
-        (frames, patches, `SIGNS`), 1 where a patch shows part of a letter, and for each name in `MARKS` an array (frames, width).
-        Print in thumbnails has no label.
+        For each name in `LABELS` an array (frames, patches), "item" (the item of a patch from 1, 0 nothing, -1
+        unclear), "letters" (frames, patches, `SIGNS`), 1 where a patch shows part of a letter, and for each name in
+        `MARKS` an array (frames, width). Print in thumbnails has no label.
     """
     (width, height), pad = _stretch(owner, grid)
     zoom = width / owner.shape[1], height / owner.shape[0]
@@ -213,14 +215,19 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 def collate(
-    rng: np.random.Generator, size: Size, grid: Size, rows: Sequence[Sequence[Sequence[Item]]], questions: int, tokens: Any
+    rng: np.random.Generator,
+    size: Size,
+    grid: Size,
+    rows: Sequence[Sequence[Sequence[Item]]],
+    questions: int,
+    tokens: Any,
 ) -> dict[str, Any]:
     """A batch of pictures of one size, or of pairs, with questions behind each.
 
     Returns:
-        pixels (rows, pictures, frames, 336, 336, 3), labels (rows, pictures, frames, ...), "other" (rows, pictures, frames,
-        patches): 1 where a patch of the second picture shows a shape that is not in the first, 0 where it shows another, size,
-        and what `pack` returned.
+        pixels (rows, pictures, frames, 336, 336, 3), labels (rows, pictures, frames, ...), "other" (rows, pictures,
+        frames, patches): 1 where a patch of the second picture shows a shape that is not in the first, 0 where it
+        shows another, size, and what `pack` returned.
     """
     samples, asked = [], []
     for pictures in rows:
@@ -230,7 +237,9 @@ def collate(
             image, owner = paint(rng, base, items)
             part: dict[str, NDArray[Any]] = {"pixels": cut(image, grid)} | label(items, owner, grid)
             known = {i.name for i in pictures[0]}
-            news = np.array([IGNORE, IGNORE, *(int(i.name not in known) if i.kind == "shape" else IGNORE for i in items)])
+            news = np.array(
+                [IGNORE, IGNORE, *(int(i.name not in known) if i.kind == "shape" else IGNORE for i in items)]
+            )
             part["other"] = news[part["item"] + 1] if k else np.full_like(part["item"], IGNORE)
             parts.append(part)
         samples.append({name: np.stack([p[name] for p in parts]) for name in parts[0]})
@@ -270,10 +279,10 @@ def pack(asked: Sequence[tuple[Sequence[Sequence[Item]], Sequence[Question]]], t
     """Puts the questions of each row behind it, each a segment of its own.
 
     Returns:
-        ids, segment (0 is padding, questions count from 1), step (place in the segment), target (the next token where an answer
-        is to be learned), type (its number), hint (what a middle layer should know: at the last word the first token of the answer, then
-        the next token of the answer), all of shape (rows, longest row), and "about" (rows, longest row, pictures, 40): from the last word of
-        a question on, 1 for the items that it is about.
+        ids, segment (0 is padding, questions count from 1), step (place in the segment), target (the next token where
+        an answer is to be learned), type (its number), hint (what a middle layer should know: at the last word how the
+        answer begins, then the next token of the answer), all of shape (rows, longest row), and "about" (rows, longest
+        row, pictures, 40): from the last word of a question on, 1 for the items that it is about.
     """
     columns: list[list[tuple[int, ...]]] = []
     about: list[list[list[tuple[int, int]]]] = []
@@ -286,7 +295,7 @@ def pack(asked: Sequence[tuple[Sequence[Sequence[Item]], Sequence[Question]]], t
             ids = [*stem, *answer]
             target = [IGNORE] * (len(stem) - 1) + [*answer, tokens.eos_token_id]
             hint = [IGNORE] * len(ids)
-            hint[len(stem) - 4] = answer[0]
+            hint[len(stem) - 4] = answer[len(answer) > 1]  # a number begins with a space
             hint[len(stem) - 1 : len(ids) - 1] = answer
             kind = TYPES.index(questions[k - 1].type)
             of = subject(questions[k - 1], pictures)

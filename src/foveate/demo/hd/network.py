@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE
 from foveate.demo.hd.data import LABELS, MARKS
-from foveate.demo.network import MEAN, STD, attend, encode, precision
+from foveate.demo.network import MEAN, STD, decode, encode
 from foveate.demo.world import COLOURS, SHAPES, WORDS
 
 LETTERS = 36
 GUIDED = (2, 4, 6)
 """Decoder layers whose first head learns to look from the end of a question at the patches that it is about."""
 PLACED = 6
-"""Decoder layer before which a visual token should know which picture it is of, and whether the first one has its shape."""
+"""Decoder layer before which a visual token should know which picture it is of, and whether the first has its shape."""
 HINTED = 8
 """Decoder layer after which the end of a question should know the answer."""
 CLASS = {"faint": 2.0, "word": 1.5}
@@ -91,57 +91,8 @@ def order(model: Any, size: Sequence[int], count: int) -> Tensor:
     index = torch.arange(count, dtype=torch.float64).view(-1, patches, 1)
     newline = torch.tensor([float(count)], dtype=torch.float64)
     packed, _ = model.model.pack_image_features([index], torch.tensor([[size[1], size[0]]]), "default", newline)
-    return packed[0][:, 0].long()
-
-
-Watch = Callable[[int, Tensor, Tensor, Tensor], None]
-
-
-def decode(decoder: Any, inputs: Tensor, positions: Tensor, seen: Tensor, prefix: int, watch: Watch) -> Tensor:
-    """Runs a `LlamaModel` on prefix and questions; the same numbers as its own forward with a block mask, in less time.
-
-    The last layer of the prefix, which nothing reads, is left out.
-
-    Args:
-        decoder: The `LlamaModel`.
-        inputs: Embeddings of prefix and questions (b, prefix + t, d).
-        positions: Rotary positions (b, prefix + t).
-        seen: What each place of the questions may attend to (b, 1, t, prefix + t).
-        prefix: Length of the prefix.
-        watch: Called in every layer with its number, the hidden states before it, and its rotated queries and keys.
-
-    Returns:
-        Final hidden states of the questions (b, t, d).
-    """
-    kind = precision(inputs)
-    cos, sin = (v.to(kind)[:, None] for v in decoder.rotary_emb(inputs, positions))
-    size = decoder.layers[0].self_attn.head_dim
-    sin = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], -1)
-    lowest = torch.finfo(kind).min
-    mask = torch.zeros(seen.shape, dtype=kind, device=inputs.device).masked_fill_(~seen, lowest)
-    causal = torch.full((prefix, prefix), lowest, dtype=kind, device=inputs.device).triu(1)
-    half, hidden = prefix // 2, inputs
-    for index, layer in enumerate(decoder.layers):
-        attention, norm = layer.self_attn, layer.input_layernorm
-        weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        normed = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon).to(kind)
-        mixed = F.linear(normed, weight).unflatten(2, (3, -1, size)).permute(2, 0, 3, 1, 4)
-        (q, k), v = mixed[:2] * cos + mixed[:2].roll(size // 2, -1) * sin, mixed[2]
-        watch(index, hidden, q, k)
-        heard = attend(q[:, :, prefix:], k, v, mask)
-        if layer is decoder.layers[-1]:
-            hidden = hidden[:, prefix:]
-        else:
-            first = attend(q[:, :, :half], k[:, :, :half], v[:, :, :half], causal[:half, :half])
-            second = attend(q[:, :, half:prefix], k[:, :, :prefix], v[:, :, :prefix], causal[half:])
-            heard = torch.cat([first, second, heard], 2)
-        hidden = hidden + attention.o_proj(heard.transpose(1, 2).flatten(2))
-        mlp, norm = layer.mlp, layer.post_attention_layernorm
-        normed = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon).to(kind)
-        gate, up = F.linear(normed, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])).chunk(2, -1)
-        hidden = hidden + mlp.down_proj(F.silu(gate) * up)
-    norm = decoder.norm
-    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    tokens: Tensor = packed[0][:, 0].long()
+    return tokens
 
 
 @lru_cache
@@ -215,8 +166,8 @@ def read(
         probes: What visual tokens are asked in the middle of the decoder.
 
     Returns:
-        Logits at the places where an answer is to be learned, the true tokens there, the place as (row, column), and the loss of
-        `naming`, of looking astray, of `probes` and of knowing the answer early.
+        Logits at the places where an answer is to be learned, the true tokens there, the place as (row, column), and
+        the loss of `naming`, of looking astray, of `probes` and of knowing the answer early.
     """
     device = features.device
     embed = model.model.language_model.embed_tokens
@@ -260,7 +211,9 @@ def read(
 
     def watch(layer: int, hidden: Tensor, q: Tensor, k: Tensor) -> None:
         if layer in GUIDED and looking.any():
-            looks = (q[:, 0, prefix:] @ k[:, 0, head.shape[1] : prefix].transpose(1, 2))[looking].float() * q.shape[-1] ** -0.5
+            looks = (q[:, 0, prefix:] @ k[:, 0, head.shape[1] : prefix].transpose(1, 2))[looking].float() * q.shape[
+                -1
+            ] ** -0.5
             stray = looks.logsumexp(1) - looks.masked_fill(~named[looking], -1e4).logsumexp(1)
             extra.append(stray.mean() / len(GUIDED))
         if layer == PLACED and pictures == 2:

@@ -50,7 +50,9 @@ def candidates(kind: str, pictures: Sequence[Sequence[Item]]) -> list[Candidate]
         pairs = _pairs(items)
         colours, shapes = {c for c, _ in pairs}, {s for _, s in pairs}
         faint = {i.name for i in items if i.kind == "faint"}
-        found = [("yes", (_a(i.colour, i.name),)) for i in items if i.kind == "shape" for _ in range(1 if i.size > 60 else 3)]
+        found = [
+            ("yes", (_a(i.colour, i.name),)) for i in items if i.kind == "shape" for _ in range(1 if i.size > 60 else 3)
+        ]
         absent = [(c, s) for c in COLOURS for s in SHAPES if s not in faint and (c, s) not in pairs]
         near = [("no", (_a(c, s),)) for c, s in absent if c in colours and s in shapes]
         far = [("no", (_a(c, s),)) for c, s in absent if (c in colours) != (s in shapes)]
@@ -65,7 +67,7 @@ def candidates(kind: str, pictures: Sequence[Sequence[Item]]) -> list[Candidate]
     elif kind == "sign":
         found = [(i.colour, (i.name,)) for i in items if i.kind == "word"]
     elif kind == "which":
-        for answer, mine, other in (("first", *pictures), ("second", *pictures[::-1])):
+        for answer, mine, other in (("first", items, pictures[1]), ("second", pictures[1], items)):
             found += [(answer, (_a(*pair),)) for pair in _pairs(mine) if pair not in _pairs(other)]
             words = {i.name for i in mine if i.kind == "word"} - {i.name for i in other}
             found += [(answer, (f"the word {word}",)) for word in sorted(words)]
@@ -78,7 +80,7 @@ def candidates(kind: str, pictures: Sequence[Sequence[Item]]) -> list[Candidate]
 
 
 def _draw(rng: np.random.Generator, kind: str, options: Sequence[Candidate]) -> Question:
-    answer, slots = options[rng.integers(len(options))]
+    answer, slots = options[int(rng.integers(len(options)))]
     templates = _TEMPLATES[kind]
     return Question(templates[rng.integers(len(templates))].format(*slots), answer, kind)
 
@@ -104,9 +106,7 @@ def ask(
     return tuple(asked.values())
 
 
-def balanced(
-    rng: np.random.Generator, pictures: Sequence[Sequence[Item]], tally: Tally, n: int
-) -> list[Question]:
+def balanced(rng: np.random.Generator, pictures: Sequence[Sequence[Item]], tally: Tally, n: int) -> list[Question]:
     """Asks n different questions of the types asked least so far, with the answers given least so far."""
     chosen: dict[str, Question] = {}
     options = {kind: found for kind in TYPES if (found := candidates(kind, pictures))}

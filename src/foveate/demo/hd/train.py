@@ -1,8 +1,8 @@
 """Trains demo-hd: `python -m foveate.demo.hd.train --out DIR --stage see --minutes 20`.
 
-Two stages, each resumable, on the weights of the demo model: `see` trains the vision tower on labels of every patch of crops and
-thumbnails; `read` trains projector, newline and decoder behind it, many questions behind one picture or two. Visual tokens are never
-dropped or masked.
+Three stages, each resumable, on the weights of the demo model: `see` trains the vision tower on labels of every patch
+of crops and thumbnails; `read` trains projector, newline and decoder behind the frozen tower, many questions behind one
+picture or two; `joint` trains everything. Visual tokens are never dropped or masked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from foveate.demo.hd.network import Heads, Probes, frames, read, see
 from foveate.demo.hd.questions import TYPES
 from foveate.demo.hd.world import PAIRS, SIZES, VALIDATION, Look, contents
 from foveate.demo.loop import Loop, Phase, command
-
 
 FIRST = tuple(PAIRS.items())
 """The smallest pictures, two crops with a border."""
@@ -48,7 +47,11 @@ class Trainer(Loop):
         ),
         "joint": (Phase(1.00, Mix(pair=0.25, questions=18), 2200),),
     }
-    rates: ClassVar[dict[str, tuple[float, float]]] = {"see": (1.5e-3, 1e-3), "read": (1.5e-3, 1e-3), "joint": (6e-4, 4e-4)}
+    rates: ClassVar[dict[str, tuple[float, float]]] = {
+        "see": (1.5e-3, 1e-3),
+        "read": (1.5e-3, 1e-3),
+        "joint": (1.2e-4, 6e-5),
+    }
 
     def build(self, seed: int) -> None:
         """The model as training starts."""
@@ -114,7 +117,9 @@ class Trainer(Loop):
                         sums[name].append(value)
             for seed in VALIDATION[:n] if self.stage != "see" else ():
                 size, items = contents(seed)
-                batch = collate(np.random.default_rng([seed, 26]), size, (SIZES | PAIRS)[size], [items], 12, self.tokens)
+                batch = collate(
+                    np.random.default_rng([seed, 26]), size, (SIZES | PAIRS)[size], [items], 12, self.tokens
+                )
                 features = see(self.tower, frames(batch, self.device), layers=7)[-1][:, 1:]
                 for name, right in self._answers(features, batch)[1].items():
                     sums[name] += [float(r) for r in right]

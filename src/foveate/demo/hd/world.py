@@ -1,7 +1,7 @@
 """The world of demo-hd: large pictures of odd sizes, in which most of what is asked about is small.
 
-A scene is a function of its seed alone; where things lie is decided with integer arithmetic. One scene in four is a pair
-of pictures that differ in a few things.
+A scene is a function of its seed alone; where things lie is decided with integer arithmetic. One scene in four is a
+pair of pictures that differ in a few things.
 """
 
 from __future__ import annotations
@@ -15,7 +15,20 @@ from PIL import Image
 
 from foveate.demo.world import COLOURS, SHAPES, TEST, TRAIN, VALIDATION, WORDS, Area, Question, _place
 
-__all__ = ["CROP", "PAIRS", "SIZES", "TEST", "TRAIN", "VALIDATION", "Item", "Look", "Scene", "held_out", "layout", "scene"]
+__all__ = [
+    "CROP",
+    "PAIRS",
+    "SIZES",
+    "TEST",
+    "TRAIN",
+    "VALIDATION",
+    "Item",
+    "Look",
+    "Scene",
+    "held_out",
+    "layout",
+    "scene",
+]
 
 CROP = 336
 """Side of a crop, px."""
@@ -162,8 +175,8 @@ def layout(rng: np.random.Generator, size: Size, grid: Size, look: Look = LOOK) 
 def layout_pair(rng: np.random.Generator, size: Size, grid: Size, look: Look = LOOK) -> tuple[tuple[Item, ...], ...]:
     """Decides what lies where in two pictures of one scene.
 
-    In the second picture one small shape is of another kind, which the first picture does not show, or is new there; one
-    shape has another colour, and one sign another word.
+    In the second picture one small shape is of another kind, which the first picture does not show, or is new there;
+    one shape has another colour, and one sign another word.
     """
     canvas = _Canvas(rng, size, grid)
     before, after, turned, *others = (SHAPES[i] for i in rng.permutation(len(SHAPES)))

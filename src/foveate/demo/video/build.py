@@ -109,7 +109,7 @@ def save(network: LlavaNextVideoForConditionalGeneration, folder: Path) -> None:
 
     Args:
         network: The model; a bfloat16 copy of its weights is written.
-        folder: Where to; an older model there is replaced.
+        folder: Where to; an older model there is replaced, its card kept.
     """
     import torch
 
@@ -121,6 +121,9 @@ def save(network: LlavaNextVideoForConditionalGeneration, folder: Path) -> None:
     small.generation_config = network.generation_config
     small.to(torch.bfloat16).save_pretrained(fresh)
     processor().save_pretrained(fresh)
+    card = folder / "CARD.md"
+    if card.exists():
+        shutil.copy(card, fresh)
     for path in fresh.iterdir():
         path.chmod(0o644)
     if folder.exists():

@@ -1,4 +1,4 @@
-"""Trains the video model: `python -m foveate.demo.video.train --out DIR --stage read --minutes 70`.
+"""Trains the video model: `python -m foveate.demo.video.train --out DIR --stage read --minutes 59`.
 
 It starts from the demo model. Stage `read` trains projector and decoder behind the frozen tower, many questions behind
 one clip; stage `joint` trains everything. Visual tokens are never dropped or masked: short clips of few shapes come
@@ -35,8 +35,8 @@ class Trainer(Loop):
 
     plan: ClassVar = {
         "read": (
-            Phase(0.13, Mix((4,), (2, 3), types=HARD), 4),
-            Phase(0.34, Mix((8,), (3, 5), types=HARD), 4),
+            Phase(0.19, Mix((4,), (2, 3), types=HARD), 4),
+            Phase(0.48, Mix((8,), (3, 5), types=HARD), 4),
             Phase(1.00, Mix(LENGTHS, (3, 5), types=HARD), 4),
         ),
         "joint": (Phase(1.00, Mix(LENGTHS, (3, 5), types=HARD), 4),),

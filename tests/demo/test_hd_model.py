@@ -1,0 +1,51 @@
+"""The shipped demo-hd: it loads, answers about its world, and needs more than the thumbnail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from foveate.demo import load
+from foveate.demo.hd import EXAMPLES
+from foveate.demo.hd.evaluate import HIDE, answer, evaluate, table
+from foveate.demo.hd.questions import TYPES
+from foveate.demo.hd.world import VALIDATION, scene
+from foveate.demo.world import Question
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    """Model and processor."""
+    return load("demo-hd", dtype=torch.bfloat16)
+
+
+def test_it_is_a_stock_model_with_the_tokens_of_the_card(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    assert type(model).__name__ == "LlavaNextForConditionalGeneration"
+    assert 12.0e6 < sum(p.numel() for p in model.parameters()) < 12.5e6
+    inputs = processor(text="<image>", images=scene(EXAMPLES[0][0]).pictures[0], return_tensors="pt")
+    assert inputs["pixel_values"].shape[2:] == (3, 336, 336)
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 744
+
+
+@pytest.mark.parametrize(("seed", "question", "expected"), EXAMPLES)
+def test_it_answers_the_examples(loaded: tuple[Any, Any], seed: int, question: str, expected: str) -> None:
+    assert seed in VALIDATION
+    assert answer(*loaded, seed, [question]) == [expected]
+
+
+def test_small_things_are_not_in_the_thumbnail(loaded: tuple[Any, Any]) -> None:
+    """With grey crops nearly nothing can be read; a grey thumbnail costs little."""
+    single = [seed for seed in VALIDATION[200:240] if len(scene(seed).pictures) == 1][:8]
+    pairs = [(seed, q) for seed in single for q in scene(seed).questions]
+    right = {hide: evaluate(*loaded, pairs, hide)["all"].accuracy for hide in HIDE}
+    assert right["nothing"] > 0.75
+    assert right["thumbnail"] > right["crops"] + 0.2 and right["nothing"] > right["crops"] + 0.2
+
+
+def test_table_has_a_line_for_each_type(loaded: tuple[Any, Any]) -> None:
+    scores = evaluate(*loaded, [(VALIDATION[0], Question("is there a red star?", "?", "presence"))])
+    assert set(scores) == {"presence", "all"} and set(scores) - {"all"} <= set(TYPES)
+    assert scores["all"].right == 0 and "| presence | 1 |" in table(scores)
