@@ -63,8 +63,10 @@ def _larger(folder: Path) -> Iterator[Path]:
             paths = [str(Path(place) / f"{number}.png") for number in range(len(scene.pictures))]
             for picture, path in zip(scene.pictures, paths, strict=True):
                 picture.save(path)
-            yield _drawn(folder / name, *paths, scene.questions[0].text, "--model", "demo-hd")
-    yield _drawn(folder / "video.png", str(video.CLIP), video.QUESTIONS[0][0], "--model", "demo-video")
+            asked = scene.questions[0].text
+            yield _drawn(folder / name, *paths, asked, "--model", "demo-hd", "--method", "todre:keep=0.22")
+    asked = video.QUESTIONS[0][0]
+    yield _drawn(folder / "video.png", str(video.CLIP), asked, "--model", "demo-video", "--method", "todre:keep=0.25")
 
 
 def _drawn(path: Path, *asked: str) -> Path:

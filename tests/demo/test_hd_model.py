@@ -9,7 +9,7 @@ import torch
 
 from foveate.demo import load
 from foveate.demo.hd import EXAMPLES
-from foveate.demo.hd.evaluate import HIDE, answer, evaluate, table
+from foveate.demo.hd.evaluate import answer, evaluate, table
 from foveate.demo.hd.questions import TYPES
 from foveate.demo.hd.world import VALIDATION, scene
 from foveate.demo.world import Question
@@ -38,9 +38,9 @@ def test_it_answers_the_examples(loaded: tuple[Any, Any], seed: int, question: s
 
 def test_small_things_are_not_in_the_thumbnail(loaded: tuple[Any, Any]) -> None:
     """With grey crops nearly nothing can be read; a grey thumbnail costs little."""
-    single = [seed for seed in VALIDATION[200:240] if len(scene(seed).pictures) == 1][:8]
+    single = [seed for seed in VALIDATION[200:240] if len(scene(seed).pictures) == 1][:5]
     pairs = [(seed, q) for seed in single for q in scene(seed).questions]
-    right = {hide: evaluate(*loaded, pairs, hide)["all"].accuracy for hide in HIDE}
+    right = {hide: evaluate(*loaded, pairs, hide)["all"].accuracy for hide in ("nothing", "crops", "thumbnail")}
     assert right["nothing"] > 0.75
     assert right["thumbnail"] > right["crops"] + 0.2 and right["nothing"] > right["crops"] + 0.2
 

@@ -105,10 +105,10 @@ def test_crowded_frames_have_one_size_of_batch() -> None:
     assert batch["pixels"].shape == (5, 336, 336, 3) and batch["kind"].shape == (5, GRID * GRID)
 
 
-@pytest.mark.parametrize("stage", ["see", "read", "joint"])
+@pytest.mark.parametrize("stage", ["see", "read"])
 def test_a_step_of_each_stage_and_resuming(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foveate.demo.loop.WORKERS", 0)
-    mix = Mix(tuple(PAIRS.items()), pair=0.0 if stage == "joint" else 0.5, questions=0 if stage == "see" else 4)
+    mix = Mix(tuple(PAIRS.items()), pair=0.5, questions=0 if stage == "see" else 4)
     monkeypatch.setitem(Trainer.plan, stage, (Phase(1.0, mix, 2),))
     trainer = Trainer(tmp_path, stage, 0.001, "cpu")
     monkeypatch.setattr(trainer, "validate", lambda: {"mean": 0.5})

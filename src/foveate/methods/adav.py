@@ -48,7 +48,7 @@ class AdaV(PromptMethod):
         per: What the budget is for in a video: the whole ``video``, or each ``frame``.
 
     Raises:
-        BudgetError: If an option is out of range, or ``compat`` meets a budget of which the released code keeps nothing.
+        BudgetError: If an option is out of range, or ``compat`` meets a budget of which that code keeps nothing.
 
     Example:
         >>> AdaV(keep=64).count(576), AdaV(keep=144, compat=True).count(2880)

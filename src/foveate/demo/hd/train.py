@@ -1,8 +1,8 @@
 """Trains demo-hd: `python -m foveate.demo.hd.train --out DIR --stage see --minutes 20`.
 
-Three stages, each resumable, on the weights of the demo model: `see` trains the vision tower on labels of every patch
+Two stages, each resumable, on the weights of the demo model: `see` trains the vision tower on labels of every patch
 of crops and thumbnails; `read` trains projector, newline and decoder behind the frozen tower, many questions behind one
-picture or two; `joint` trains everything. Visual tokens are never dropped or masked.
+picture or two. Visual tokens are never dropped or masked.
 """
 
 from __future__ import annotations
@@ -41,17 +41,12 @@ class Trainer(Loop):
             Phase(1.00, Mix(look=Look((19, 50), (80, 180), (19, 32))), 24),
         ),
         "read": (
-            Phase(0.20, Mix(FIRST, pair=0.25, questions=18), 2200),
-            Phase(0.50, Mix(TALL, pair=0.30, questions=18), 2200),
+            Phase(0.25, Mix(FIRST, pair=0.25, questions=18), 2200),
+            Phase(0.53, Mix(TALL, pair=0.30, questions=18), 2200),
             Phase(1.00, Mix(pair=0.25, questions=18), 2200),
         ),
-        "joint": (Phase(1.00, Mix(pair=0.25, questions=18), 2200),),
     }
-    rates: ClassVar[dict[str, tuple[float, float]]] = {
-        "see": (1.5e-3, 1e-3),
-        "read": (1.5e-3, 1e-3),
-        "joint": (1.2e-4, 6e-5),
-    }
+    rates: ClassVar[dict[str, tuple[float, float]]] = {"see": (1.5e-3, 1e-3), "read": (1.5e-3, 1e-3)}
 
     def build(self, seed: int) -> None:
         """The model as training starts."""
@@ -66,8 +61,6 @@ class Trainer(Loop):
         inner = self.model.model
         if self.stage == "see":
             return [self.tower, self.heads]
-        if self.stage == "joint":
-            return [self.model, self.heads]
         return [inner.multi_modal_projector, inner.language_model, self.probes, nn.ParameterList([inner.image_newline])]
 
     def stream(self, phase: Phase, batch: int, seed: int) -> Any:
@@ -85,11 +78,7 @@ class Trainer(Loop):
         states = see(self.tower, picture)
         main, scores = self.heads[0](states[-2], batch)
         last, _ = self.heads[1](states[-1], batch)
-        loss = main + 0.25 * last
-        if self.stage == "joint":
-            answers, right = self._answers(states[-2][:, 1:], batch)
-            return answers + 0.1 * loss, {kind: sum(r) / len(r) for kind, r in right.items()}
-        return loss, scores
+        return main + 0.25 * last, scores
 
     def _answers(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, list[bool]]]:
         """Loss of reading, and of each question whether its whole answer was right, by type."""
