@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE
-from foveate.demo.network import attend, encode, pixels, precision
+from foveate.demo.network import decode, encode, pixels
 from foveate.demo.video.data import CELLS, LABELS
 from foveate.demo.world import COLOURS, SHAPES
 
@@ -67,26 +66,20 @@ class Heads(nn.Module):
         return loss, scores
 
 
-def _looks(q: Tensor, k: Tensor, head: int, rows: Tensor, goal: Tensor, causal: Tensor) -> Tensor:
-    """How far a head is from looking, from some tokens (as batch, place), only at each one's goal (m, keys)."""
-    scores = (q[:, head] @ k[:, head].transpose(1, 2))[rows[:, 0], rows[:, 1]].float() * q.shape[-1] ** -0.5
-    scores = scores + causal[rows[:, 1]].float()
-    missed: Tensor = scores.logsumexp(1) - scores.masked_fill(~goal, -1e4).logsumexp(1)
-    return missed.mean()
-
-
 class Guide:
-    """Where the heads of the prefix should look.
+    """Watches a decoder: where its heads should look, and what its tokens know in the middle.
 
     Args:
         batch: Labels of the visual tokens.
         head: Tokens before the first visual token.
-        device: Where to compute.
+        goal: Which visual tokens each place of the questions should look at; none where it is free (b, t, n).
     """
 
-    def __init__(self, batch: dict[str, Any], head: int, device: torch.device) -> None:
+    def __init__(self, batch: dict[str, Any], head: int, goal: Tensor) -> None:
+        device = goal.device
         kind = batch["kind"].to(device)
         b, n = kind.shape
+        self.head, self.prefix, self.goal, self.rows = head, head + n, goal, goal.any(-1)
         some = torch.randint(CELLS, n, (64,), device=device)
         rows = torch.stack([torch.arange(b, device=device).repeat_interleave(64), some.repeat(b) + head], 1)
         place = torch.arange(n + head, device=device)
@@ -99,81 +92,36 @@ class Guide:
         self.same = F.pad(there, (head, 0))
         self.same[:, 0] = ~there.any(1)
         self.covered = self.covered + torch.tensor([0, head], device=device)
+        self.labelled = list[Tensor]()
+        """Hidden states of the visual tokens after the `LABELLED` layers (b, n, d)."""
+        self.hinted = torch.empty(0)
+        """Hidden states of the questions after `HINTED` (b, t, d)."""
+        self.astray = self.stray = torch.zeros((), device=device)
+        """How far heads of the visual tokens, and of the questions, are from looking where they should."""
 
-    def stray(self, index: int, q: Tensor, k: Tensor, causal: Tensor) -> Tensor:
-        """How far the heads of a layer are from looking where they should."""
-        total = q.new_zeros((), dtype=torch.float32)
-        if index in BACK:
-            total = total + _looks(q, k, BACK[index], self.some, self.back, causal)
-        if index in FIRST:
-            total = total + _looks(q, k, FIRST[index], self.some, self.first, causal)
-        if index in SAME and len(self.covered):
-            total = total + _looks(q, k, SAME[index], self.covered, self.same, causal)
-        return total
+    def __call__(self, index: int, hidden: Tensor, q: Tensor, k: Tensor) -> None:
+        """Looks at a layer, see `foveate.demo.network.Watch`."""
+        visual = slice(self.head, self.prefix)
+        if index - 1 in LABELLED:
+            self.labelled.append(hidden[:, visual])
+        if index - 1 == HINTED:
+            self.hinted = hidden[:, self.prefix :]
+        if index in GUIDED and self.rows.any():
+            looks = (q[:, 0, self.prefix :] @ k[:, 0, visual].transpose(1, 2))[self.rows].float() * q.shape[-1] ** -0.5
+            missed = looks.logsumexp(1) - looks.masked_fill(~self.goal[self.rows], -1e4).logsumexp(1)
+            self.stray = self.stray + missed.mean() / len(GUIDED)
+        for heads, rows, goal in ((BACK, self.some, self.back), (FIRST, self.some, self.first),
+                                  (SAME, self.covered, self.same)):  # fmt: skip
+            if index in heads and len(rows):
+                missed = self._missed(q[:, heads[index]], k[:, heads[index]], rows, goal)
+                self.astray = self.astray + missed / (len(BACK) + len(FIRST) + len(SAME))
 
-
-def decode(
-    decoder: Any, inputs: Tensor, positions: Tensor, seen: Tensor, prefix: int, guide: Guide | None, goal: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Runs a `LlamaModel` on prefix and questions; the same numbers as its own forward with a block mask, in less time.
-
-    The last layer of the prefix, which nothing reads, is left out.
-
-    Args:
-        decoder: The `LlamaModel`.
-        inputs: Embeddings of prefix and questions (b, prefix + t, d).
-        positions: Rotary positions (b, prefix + t).
-        seen: What each place of the questions may attend to (b, 1, t, prefix + t).
-        prefix: Length of the prefix.
-        guide: Where heads of the prefix should look.
-        goal: Which visual tokens each place of the questions should look at; none where it is free (b, t, n).
-
-    Returns:
-        Final hidden states of the questions (b, t, d), those of the visual tokens after the `LABELLED` layers, those
-        of the questions after `HINTED`, and how far heads of the prefix and of the questions look astray.
-    """
-    kind = precision(inputs)
-    cos, sin = (v.to(kind)[:, None] for v in decoder.rotary_emb(inputs, positions))
-    size = decoder.layers[0].self_attn.head_dim
-    sin = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], -1)
-    mask = torch.zeros(seen.shape, dtype=kind, device=inputs.device).masked_fill_(~seen, torch.finfo(kind).min)
-    causal = torch.full((prefix, prefix), torch.finfo(kind).min, dtype=kind, device=inputs.device).triu(1)
-    hidden = inputs
-    tapped, middle = [], hidden[:, prefix:]
-    rows, visual = goal.any(-1), slice(prefix - goal.shape[2], prefix)
-    astray = stray = hidden.new_zeros(())
-    pieces = max(2, prefix // 150)
-    cuts = [prefix * i // pieces for i in range(pieces + 1)]
-    for index, layer in enumerate(decoder.layers):
-        attention, norm = layer.self_attn, layer.input_layernorm
-        weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        normed = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon).to(kind)
-        mixed = F.linear(normed, weight).unflatten(2, (3, -1, size)).permute(2, 0, 3, 1, 4)
-        q, k = mixed[:2] * cos + mixed[:2].roll(size // 2, -1) * sin
-        v = mixed[2]
-        asked = attend(q[:, :, prefix:], k, v, mask)
-        if index in GUIDED and rows.any():
-            looks = (q[:, 0, prefix:] @ k[:, 0, visual].transpose(1, 2))[rows].float() * size**-0.5
-            stray = stray - (looks.masked_fill(~goal[rows], -1e4).logsumexp(1) - looks.logsumexp(1)).mean()
-        if guide is not None:
-            astray = astray + guide.stray(index, q[:, :, :prefix], k[:, :, :prefix], causal)
-        if layer is decoder.layers[-1]:
-            hidden, heard = hidden[:, prefix:], asked
-        else:
-            parts = [attend(q[:, :, a:z], k[:, :, :z], v[:, :, :z], causal[a:z, :z]) for a, z in pairwise(cuts)]
-            heard = torch.cat([*parts, asked], 2)
-        hidden = hidden + attention.o_proj(heard.transpose(1, 2).flatten(2))
-        mlp, norm = layer.mlp, layer.post_attention_layernorm
-        normed = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon).to(kind)
-        gate, up = F.linear(normed, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])).chunk(2, -1)
-        hidden = hidden + mlp.down_proj(F.silu(gate) * up)
-        if index in LABELLED:
-            tapped.append(hidden[:, visual])
-        if index == HINTED:
-            middle = hidden[:, prefix:]
-    norm = decoder.norm
-    hidden = F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    return hidden, [*tapped, middle], astray / (len(BACK) + len(FIRST) + len(SAME)), stray / len(GUIDED)
+    def _missed(self, q: Tensor, k: Tensor, rows: Tensor, goal: Tensor) -> Tensor:
+        """How far a head is from looking, from some tokens (as batch, place), only at each one's goal (m, prefix)."""
+        scores = (q @ k[:, : self.prefix].transpose(1, 2))[rows[:, 0], rows[:, 1]].float() * q.shape[-1] ** -0.5
+        later = torch.arange(self.prefix, device=q.device) > rows[:, 1:]
+        scores = scores.masked_fill(later, -1e4)
+        return (scores.logsumexp(1) - scores.masked_fill(~goal, -1e4).logsumexp(1)).mean()
 
 
 def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Tensor:
@@ -220,18 +168,18 @@ def read(
     seen = causal & ((mine[:, None, :] == 0) | (mine[:, None, :] == mine[:, prefix:, None]))
     goal = batch["goal"].to(device)[torch.arange(b, device=device)[:, None], segment]
     goal = goal & (batch["look"].to(device) == 1)[..., None]
-    guide = Guide(batch, head.shape[1], device)
-    hidden, (early, late, middle), astray, stray = decode(
-        model.model.language_model, inputs, positions, seen[:, None], prefix, guide, goal
-    )
+    guide = Guide(batch, head.shape[1], goal)
+    hidden = decode(model.model.language_model, inputs, positions, seen[:, None], prefix, guide)
+    early, late = guide.labelled
     where = (target != IGNORE).nonzero()
     logits = model.lm_head(hidden[where[:, 0], where[:, 1]]).float()
     hint = batch["hint"].to(device)
-    known = model.lm_head(F.rms_norm(middle[hint != IGNORE], middle.shape[-1:])).float()
+    middle = guide.hinted[hint != IGNORE]
+    known = model.lm_head(F.rms_norm(middle, middle.shape[-1:])).float()
     first, _ = heads[0](early, batch)
     second, scores = heads[1](late, batch)
     losses = {
-        "naming": naming(model, visual, batch, tokens), "astray": astray, "stray": stray, "early": first,
+        "naming": naming(model, visual, batch, tokens), "astray": guide.astray, "stray": guide.stray, "early": first,
         "late": second, "hint": F.cross_entropy(known, hint[hint != IGNORE]),
     }  # fmt: skip
     return logits, target[where[:, 0], where[:, 1]], where, losses, scores
