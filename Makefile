@@ -24,9 +24,8 @@ VLLM ?= .venv-vllm
 # Processes that share the tests.
 WORKERS ?= 2
 
-# How many questions the methods answer in `make accuracy-hd` and `accuracy-video`; all tokens and none answer all 2,000.
-FIRST ?= 400
-CONTEST = --first $(FIRST) --max-new-tokens 6 --dtype bfloat16 --out results $(if $(THREADS),--threads $(THREADS))
+# What `make accuracy-hd` and `accuracy-video` share. THREADS=1 for both at once on two cores.
+CONTEST = --max-new-tokens 6 --dtype bfloat16 --out results $(if $(THREADS),--threads $(THREADS))
 
 # The plain `torch` wheel on Linux brings gigabytes of CUDA. Without a GPU, take the CPU build:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -88,11 +87,11 @@ accuracy: $(READY) ## measure the demo model's accuracy by method and budget, wr
 	$(BIN)/foveate eval --dtype bfloat16 --out results
 
 accuracy-hd: $(READY) ## the same on large pictures and pairs: demo-hd, at shares of its tokens; results/accuracy-hd.*
-	$(BIN)/foveate eval demo-hd --arms benchmarks/contests/demo-hd.txt $(CONTEST) --batch 4 --name accuracy-hd
+	$(BIN)/foveate eval demo-hd --arms benchmarks/contests/demo-hd.txt --first 400 --batch 4 $(CONTEST) --name accuracy-hd
 	$(BIN)/python docs/generate.py
 
 accuracy-video: $(READY) ## the same on clips: demo-video; results/accuracy-video.*
-	$(BIN)/foveate eval demo-video --arms benchmarks/contests/demo-video.txt $(CONTEST) --batch 8 --name accuracy-video
+	$(BIN)/foveate eval demo-video --arms benchmarks/contests/demo-video.txt --first 800 --batch 8 $(CONTEST) --name accuracy-video
 	$(BIN)/python docs/generate.py
 
 advise-check: $(READY) ## measure what `foveate advise` predicts, write both to results/advise.csv

@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 import foveate
 from foveate import demo, draw
 from foveate.cli import app
-from foveate.demo import video
-from foveate.demo.hd import world
+from foveate.demo import hd, video
 from foveate.lab import chat
 
 QUESTION = demo.QUESTIONS[0][0]
@@ -55,18 +54,12 @@ def write(folder: Path) -> Iterator[Path]:
 
 def _larger(folder: Path) -> Iterator[Path]:
     """What `foveate run --draw` writes about a large picture, a pair and a clip, by the models that read them."""
-    scenes = [world.scene(seed) for seed in world.VALIDATION[:40]]
-    large = next(scene for scene in scenes if [picture.size for picture in scene.pictures] == [(672, 672)])
-    pair = next(scene for scene in scenes if len(scene.pictures) == 2)
-    with tempfile.TemporaryDirectory() as place:
-        for name, scene in (("hd.png", large), ("pair.png", pair)):
-            paths = [str(Path(place) / f"{number}.png") for number in range(len(scene.pictures))]
-            for picture, path in zip(scene.pictures, paths, strict=True):
-                picture.save(path)
-            asked = scene.questions[0].text
-            yield _drawn(folder / name, *paths, asked, "--model", "demo-hd", "--method", "todre:keep=0.22")
-    asked = video.QUESTIONS[0][0]
-    yield _drawn(folder / "video.png", str(video.CLIP), asked, "--model", "demo-video", "--method", "todre:keep=0.25")
+    large, before, after = (hd.PICTURES / f"{name}.jpg" for name in ("large", "before", "after"))
+    options = ("--model", "demo-hd", "--method", "todre:keep=0.22,positions=original")
+    yield _drawn(folder / "hd.png", str(large), hd.EXAMPLES[0][1], *options)
+    yield _drawn(folder / "pair.png", str(before), str(after), hd.EXAMPLES[-1][1], *options)
+    options = ("--model", "demo-video", "--method", "todre:keep=0.25,positions=original")
+    yield _drawn(folder / "video.png", str(video.CLIP), video.QUESTIONS[0][0], *options)
 
 
 def _drawn(path: Path, *asked: str) -> Path:

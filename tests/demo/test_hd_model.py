@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from foveate.demo import load
-from foveate.demo.hd import EXAMPLES
+from foveate.demo.hd import EXAMPLES, PICTURES
 from foveate.demo.hd.evaluate import answer, evaluate, table
 from foveate.demo.hd.questions import TYPES
 from foveate.demo.hd.world import VALIDATION, scene
 from foveate.demo.world import Question
+from foveate.lab.chat import answers, prepare
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,13 @@ def test_it_is_a_stock_model_with_the_tokens_of_the_card(loaded: tuple[Any, Any]
 def test_it_answers_the_examples(loaded: tuple[Any, Any], seed: int, question: str, expected: str) -> None:
     assert seed in VALIDATION
     assert answer(*loaded, seed, [question]) == [expected]
+
+
+@pytest.mark.parametrize(("names", "example"), [(("large",), 0), (("before", "after"), -1)])
+def test_it_answers_about_the_bundled_pictures(loaded: tuple[Any, Any], names: tuple[str, ...], example: int) -> None:
+    _, question, expected = EXAMPLES[example]
+    inputs = prepare(*loaded, [[Image.open(PICTURES / f"{name}.jpg") for name in names]], [question])
+    assert answers(loaded[1], inputs, loaded[0].generate(**inputs, max_new_tokens=6)) == [expected]
 
 
 def test_small_things_are_not_in_the_thumbnail(loaded: tuple[Any, Any]) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["EXAMPLES"]
+from pathlib import Path
+
+__all__ = ["EXAMPLES", "PICTURES"]
+
+PICTURES = Path(__file__).parents[1] / "pictures"
+"""A folder with a large picture and a pair: the first and the last of `EXAMPLES` as JPEG."""
 
 EXAMPLES: tuple[tuple[int, str, str], ...] = (
     (20_000_320, "which word is on the purple sign?", "tea"),

@@ -1,8 +1,7 @@
 """Trains the video model: `python -m foveate.demo.video.train --out DIR --stage read --minutes 59`.
 
-It starts from the demo model. Stage `read` trains projector and decoder behind the frozen tower, many questions behind
-one clip; stage `joint` trains everything. Visual tokens are never dropped or masked: short clips of few shapes come
-first, clips of all lengths last.
+It starts from the demo model and learns projector and decoder behind the frozen tower, with many questions behind one
+clip. Visual tokens are never dropped or masked: short clips of few shapes come first, clips of all lengths last.
 """
 
 from __future__ import annotations
@@ -39,9 +38,8 @@ class Trainer(Loop):
             Phase(0.48, Mix((8,), (3, 5), types=HARD), 4),
             Phase(1.00, Mix(LENGTHS, (3, 5), types=HARD), 4),
         ),
-        "joint": (Phase(1.00, Mix(LENGTHS, (3, 5), types=HARD), 4),),
     }
-    rates: ClassVar = {"read": (1.2e-3, 6e-4), "joint": (2e-4, 1e-4)}
+    rates: ClassVar = {"read": (1.2e-3, 6e-4)}
 
     def build(self, seed: int) -> None:
         """Sets the tokenizer, the model with the demo model's weights, and the readers of labels."""
@@ -52,8 +50,6 @@ class Trainer(Loop):
     def parts(self) -> Sequence[nn.Module]:
         """What this stage learns."""
         inner = self.model.model
-        if self.stage == "joint":
-            return [self.model, self.heads]
         return [inner.multi_modal_projector, inner.language_model, self.heads]
 
     def stream(self, phase: Phase, batch: int, seed: int) -> Any:
@@ -62,7 +58,7 @@ class Trainer(Loop):
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """Loss and scores of one batch."""
-        with torch.set_grad_enabled(self.stage == "joint" and torch.is_grad_enabled()):
+        with torch.no_grad():
             rows = features(self.model.model.vision_tower, batch, self.device)
         logits, target, where, losses, scores = read(self.model, rows, batch, self.tokens, self.heads)
         loss = F.cross_entropy(logits, target) + sum(SHARES[name] * part for name, part in losses.items())
