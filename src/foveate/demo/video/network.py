@@ -121,7 +121,8 @@ class Guide:
         scores = (q @ k[:, : self.prefix].transpose(1, 2))[rows[:, 0], rows[:, 1]].float() * q.shape[-1] ** -0.5
         later = torch.arange(self.prefix, device=q.device) > rows[:, 1:]
         scores = scores.masked_fill(later, -1e4)
-        return (scores.logsumexp(1) - scores.masked_fill(~goal, -1e4).logsumexp(1)).mean()
+        missed: Tensor = scores.logsumexp(1) - scores.masked_fill(~goal, -1e4).logsumexp(1)
+        return missed.mean()
 
 
 def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Tensor:
