@@ -22,6 +22,9 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "LICENSE",
+    "src/foveate/demo/CARD.md": "demo.md",
+    "demo-models/src/foveate_demo_models/hd/CARD.md": "demo-hd.md",
+    "demo-models/src/foveate_demo_models/video/CARD.md": "demo-video.md",
     "examples/tour.ipynb": "tour.md",
 }
 _LINK = re.compile(r"(\]\()(?!\w+:|#|<)([^)#\s]+)")
@@ -29,8 +32,9 @@ _LINK = re.compile(r"(\]\()(?!\w+:|#|<)([^)#\s]+)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages and files that lie elsewhere."""
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
-        files.append(File.generated(config, ELSEWHERE[name], abs_src_path=str(ROOT / name)))
+    for name, shown_as in ELSEWHERE.items():
+        if not name.endswith(".ipynb"):
+            files.append(File.generated(config, shown_as, abs_src_path=str(ROOT / name)))
     for path in sorted((ROOT / "results").glob("*.*")):
         if path.suffix in (".md", ".csv", ".html"):
             files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
