@@ -72,7 +72,8 @@ def open_picture(file: Path | str | io.BytesIO, name: str = "") -> Image.Image:
         with Image.open(file) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
-        raise TaskError(f"no such picture: {name or file}", "check the path") from error
+        hint = "check the path, or try the bundled picture: foveate demo"
+        raise TaskError(f"no such picture: {name or file}", hint) from error
     except _BROKEN as error:
         raise TaskError(f"not a readable picture: {name or file}", "pass complete PNG, JPEG or WebP files") from error
 

@@ -226,7 +226,7 @@ def scene(seed: int) -> Scene:
 
     Example:
         >>> [picture.size for picture in scene(7).pictures]
-        [(336, 672)]
+        [(672, 672)]
     """
     from foveate.demo.hd.questions import ask
 
