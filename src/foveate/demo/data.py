@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
 from foveate.demo.paint import _font, paint
-from foveate.demo.questions import TYPES, ask
+from foveate.demo.questions import TYPES, ask, place_of
 from foveate.demo.world import (
     COLOURS,
     GRID,
@@ -37,13 +37,13 @@ KINDS = 1 + len(SHAPES) + 2
 SIGNS = "0123456789abcdefghijklmnopqrstuvwxyz"
 LABELS = {
     "kind": KINDS, "colour": len(COLOURS), "size": len(SIZES), "word": len(WORDS), "tens": 10, "ones": 10,
-    "sign": len(SIGNS), "row": GRID, "column": GRID, "centre": 2, "smallest": 2,
+    "sign": len(SIGNS), "row": GRID, "column": GRID, "smallest": 2, "ninth": len(PLACES),
 }  # fmt: skip
-"""Name and number of classes of each label of a patch."""
+"""Name and number of classes of each label of a patch; ninth: where on the canvas the middle of its item lies."""
 MARKS = {"pairs": len(SHAPES) * len(COLOURS), "words": len(WORDS), "counts": len(SHAPES) * 5}
 """Name and width of each label of a whole picture."""
 
-Labels = dict[str, NDArray[np.int64]]
+Labels = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def label(objects: Sequence[Thing], prints: Sequence[Print], owner: NDArray[np.u
         area: The painted part of the canvas.
 
     Returns:
-        For each name in `LABELS` a flat array over patches, and "offset": px from a patch to the centre of its item.
+        For each name in `LABELS` a flat array over patches; "item", the item of a patch from 1, 0 nothing, -1 unclear;
+        "cover", the share of a patch that its item covers; "offset", px from a patch to the centre of its item.
     """
     share = patches_of(owner, 1 + len(objects) + len(prints)) / (PATCH * PATCH)
     rows, columns = share.shape[:2]
@@ -87,20 +88,14 @@ def label(objects: Sequence[Thing], prints: Sequence[Print], owner: NDArray[np.u
         most = np.take_along_axis(share[..., 1:], top[..., None], -1)[..., 0]
         best = np.where(most >= 0.12, top + 1, np.where(most > 0.02, -1, 0))
     items: list[Thing | Print] = [*objects, *prints]
-    centre = np.zeros((rows, columns), np.int64)
-    for i, item in enumerate(items):
-        r, c = (item.y - area[1]) // PATCH, (item.x - area[0]) // PATCH
-        centre[r, c] = 1
-        if i < len(objects) and item.box[2] - item.box[0] < 3 * PATCH:
-            best[r, c] = i + 1
-        mine = np.argwhere(best == i + 1)
-        if best[r, c] != i + 1 and len(mine):
-            centre[r, c] = 0
-            centre[tuple(mine[((mine - (r, c)) ** 2).sum(1).argmin()])] = 1
+    for i, thing in enumerate(objects, 1):
+        if thing.box[2] - thing.box[0] < 3 * PATCH:
+            best[(thing.y - area[1]) // PATCH, (thing.x - area[0]) // PATCH] = i
     table = {name: np.full(len(items) + 2, IGNORE, np.int64) for name in LABELS}
     table["kind"][1] = 0
     least = min((o.size for o in objects), default=0)
     for i, item in enumerate(items, 2):
+        table["ninth"][i] = place_of(item.x, item.y)
         if isinstance(item, Thing):
             table["kind"][i] = 1 + SHAPES.index(item.shape)
             table["colour"][i] = COLOURS.index(item.colour)
@@ -115,7 +110,7 @@ def label(objects: Sequence[Thing], prints: Sequence[Print], owner: NDArray[np.u
     labels = {name: values[best + 1] for name, values in table.items()}
     y, x = np.mgrid[0:rows, 0:columns]
     labels["row"], labels["column"] = y + area[1] // PATCH, x + area[0] // PATCH
-    labels["centre"] = np.where(best > 0, centre, IGNORE)
+    labels["item"] = best
     labels["sign"] = np.full((rows, columns), IGNORE, np.int64)
     for i, text in enumerate(prints, 1 + len(objects)):
         font, capitals = _font(text.height), text.text.upper()
@@ -129,6 +124,7 @@ def label(objects: Sequence[Thing], prints: Sequence[Print], owner: NDArray[np.u
     offset = (place - np.stack([x, y], -1) * PATCH - PATCH // 2).reshape(-1, 2)
     flat = {name: values.reshape(-1).astype(np.int64) for name, values in labels.items()}
     flat["offset"] = np.where((best > 0).reshape(-1, 1), offset, 0).astype(np.int64)
+    flat["cover"] = np.take_along_axis(share, best.clip(0)[..., None], -1).reshape(-1).astype(np.float32)
     return flat
 
 
@@ -190,12 +186,18 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 def subject(question: Question) -> int:
-    """What a question is about, where it names no shape: 3 * place + (0 shape, 1 word, 2 number); 27: the smallest."""
+    """What a question is about, where it names no shape.
+
+    Returns:
+        3 * place + (0 shape, 1 word, 2 number), 27 for the smallest shape, 28 and 29 for the only word and number.
+    """
     if question.type == "smallest":
         return 27
     found = re.search("(?:at|in) the ((?:top|middle|bottom)(?: left| middle| right)?)", question.text)
     kinds = {"place": 0, "word": 1, "number": 2}
-    return 3 * PLACES.index(found[1]) + kinds[question.type] if found and question.type in kinds else IGNORE
+    if question.type not in kinds:
+        return IGNORE
+    return 3 * PLACES.index(found[1]) + kinds[question.type] if found else 27 + kinds[question.type]
 
 
 def pack(questions: Sequence[Sequence[Question]], tokens: Any) -> dict[str, Any]:
@@ -203,12 +205,13 @@ def pack(questions: Sequence[Sequence[Question]], tokens: Any) -> dict[str, Any]
 
     Returns:
         ids, segment (0 is padding, questions count from 1), step (place in the segment), target (the next token where
-        an answer is to be learned), type (its number), hint (at the last shape that a question names, the answer, as a
-        middle layer should know it), about (at the last token of a question, see `subject`) and other (at the second
-        of two named shapes, where the first is in the row), all of shape
-        (pictures, longest row).
+        an answer is to be learned), type (its number), hint (what a middle layer should know: at the last shape that a
+        question names, or else at its question mark, how the answer begins; then the next token of the answer), about
+        (from the question mark on, see `subject`) and other (at the second of two named shapes, where the first is in
+        the row), all of shape (pictures, longest row).
     """
     plurals = [f" {s}{end}" for s in SHAPES for end in ("", "s", "es")]
+    mark = tokens("?", add_special_tokens=False).input_ids[0]
     shapes = {ids[0] for ids in tokens(plurals, add_special_tokens=False).input_ids if len(ids) == 1}
     rows: list[list[tuple[int, ...]]] = []
     for asked in questions:
@@ -220,12 +223,13 @@ def pack(questions: Sequence[Sequence[Question]], tokens: Any) -> dict[str, Any]
                 ids = [*stem, *answer]
                 target = [IGNORE] * (len(stem) - 1) + [*answer, tokens.eos_token_id]
                 kind = TYPES.index(asked[k - 1].type)
-                hint = [IGNORE] * len(ids)
                 named = [j for j, token in enumerate(stem) if token in shapes]
-                if named:
-                    hint[named[-1]] = answer[-1]
+                end = stem.index(mark)
+                hint = [IGNORE] * len(ids)
+                hint[named[-1] if named else end] = answer[len(answer) > 1]  # a number begins with a space
+                hint[len(stem) - 1 : len(ids) - 1] = answer
                 about = [IGNORE] * len(ids)
-                about[len(stem) - 1] = subject(asked[k - 1])
+                about[end : len(ids) - 1] = [subject(asked[k - 1])] * (len(ids) - 1 - end)
                 other = [IGNORE] * len(ids)
                 if len(named) == 2:
                     other[named[1]] = len(row) + named[0]

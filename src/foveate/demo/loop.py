@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader
 
 from foveate.demo import build
 
+CAREFUL = 0.3
+"""Share of the learning rates for what has learned already."""
 WORKERS = 1
 """Processes that paint pictures while another learns from them."""
 
@@ -73,9 +75,19 @@ class Loop(ABC):
         rest = [p for _, p in named.values() if not any(p is q for q in matrix)]
         self.learning = [*matrix, *rest]
         fast, slow = self.rates[stage]
+        careful = {id(p) for m in self.careful() for p in m.parameters()}
+
+        def groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+            """The parameters with the share of the rate at which they learn."""
+            parts = [(1.0, [p for p in parameters if id(p) not in careful])]
+            parts += [(CAREFUL, [p for p in parameters if id(p) in careful])]
+            return [{"params": part, "share": share} for share, part in parts if part]
+
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(self.shares[self.rank], lr=fast, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=slow, weight_decay=0.02, betas=(0.9, 0.98)),
+            torch.optim.Muon(
+                groups(self.shares[self.rank]), lr=fast, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(groups(rest), lr=slow, weight_decay=0.02, betas=(0.9, 0.98)),
         ]
         self._resume()
 
@@ -88,6 +100,10 @@ class Loop(ABC):
     @abstractmethod
     def parts(self) -> Sequence[nn.Module]:
         """What this stage learns."""
+
+    def careful(self) -> Sequence[nn.Module]:
+        """What of it learns at `CAREFUL` of the rates only; nothing unless a recipe says so."""
+        return ()
 
     @abstractmethod
     def stream(self, phase: Phase, batch: int, seed: int) -> Any:
@@ -106,6 +122,12 @@ class Loop(ABC):
         build.save(self.model, folder)
 
     # -- the loop
+
+    def start(self, folder: Path) -> None:
+        """Takes the weights of a saved model, unless there is a checkpoint to go on from."""
+        if not (self.out / "state.pt").exists():
+            saved = type(self.model).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            self.model.load_state_dict(saved.state_dict())
 
     def _resume(self) -> None:
         path = self.out / "state.pt"
@@ -180,7 +202,8 @@ class Loop(ABC):
             assert stream is not None
             for optimizer, rate in zip(self.optimizers, self.rates[self.stage], strict=True):
                 shape = min(1, done / 0.03 + 0.01) * (0.04 + 0.96 * (0.5 + 0.5 * math.cos(math.pi * done)))
-                optimizer.param_groups[0]["lr"] = rate * shape
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * shape * group["share"]
             with torch.autocast(self.device, torch.bfloat16):
                 loss, scores = self.loss(next(stream))
             for parameter in self.learning:
@@ -197,7 +220,7 @@ class Loop(ABC):
             self.elapsed += spent
             for name, value in ({"loss": loss.item()} | scores).items():
                 sums[name].append(value)
-            if self.step % 50 == 0:
+            if self.step % 10 == 0:
                 self.write(phase=self.plan[self.stage].index(phase), **{k: sum(v) / len(v) for k, v in sums.items()})
                 sums.clear()
             if self.elapsed - told > every or self.elapsed >= self.seconds or stop:
@@ -219,6 +242,7 @@ def command(loop: type[Loop], description: str | None) -> None:
     parser.add_argument("--stage", choices=sorted(loop.plan), required=True)
     parser.add_argument("--minutes", type=float, required=True, help="length of the stage")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start", type=Path, help="folder of the model to begin with, where there is no checkpoint")
     parser.add_argument("--save", type=Path, help="folder that gets the model at every checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -227,4 +251,7 @@ def command(loop: type[Loop], description: str | None) -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
-    loop(args.out, args.stage, args.minutes, args.device, args.seed).run(args.save)
+    recipe = loop(args.out, args.stage, args.minutes, args.device, args.seed)
+    if args.start:
+        recipe.start(args.start)
+    recipe.run(args.save)

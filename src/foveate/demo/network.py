@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,21 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE, LABELS, MARKS
+from foveate.demo.guide import Guide, Probes, mass
 from foveate.demo.world import COLOURS, SHAPES, WORDS
 
-GUIDED = (2, 4, 6)
-"""Decoder layers whose first head learns to look from the name of a shape at its patches."""
-PLACED = 5
-"""Decoder layer before which the name of a shape should know where the shape is."""
-COMPARED = 7
-"""Decoder layer before which the second of two names should know how far the first is off."""
-SINK = 3.0
-"""Weight of the first token against one per object, when a head counts objects by where its attention goes."""
-HINTED = 8
-"""Decoder layer after which the name of a shape should know the answer to a question about it."""
+HINTED = 9
+"""Decoder layer before which a question should know its answer."""
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-WEIGHTS = {"word": 1.0, "sign": 1.0, "row": 0.15, "column": 0.15, "centre": 0.5, "smallest": 0.25, "size": 0.5}
+WEIGHTS = {"row": 0.15, "column": 0.15, "smallest": 0.25, "ninth": 0.5}
 
 
 def pixels(batch: dict[str, Any], device: str) -> Tensor:
@@ -49,7 +43,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return torch.softmax(scores if mask is None else scores + mask, -1) @ v
 
 
-def encode(tower: Any, picture: Tensor, corner: Tensor, layers: int | None = None) -> list[Tensor]:
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called in every layer with its number, the hidden states before it, its queries and keys (after rotation)."""
+
+
+def encode(
+    tower: Any, picture: Tensor, corner: Tensor, layers: int | None = None, watch: Watch | None = None
+) -> list[Tensor]:
     """Runs the vision tower on windows: a patch gets the position embedding of its place on the canvas.
 
     Args:
@@ -57,6 +57,7 @@ def encode(tower: Any, picture: Tensor, corner: Tensor, layers: int | None = Non
         picture: Windows, normalised (b, 3, h, w).
         corner: Row and column of each window's first patch on the canvas (b, 2).
         layers: How many layers to run; all unless told.
+        watch: Sees what goes on in every layer.
 
     Returns:
         What `hidden_states` would hold.
@@ -72,13 +73,15 @@ def encode(tower: Any, picture: Tensor, corner: Tensor, layers: int | None = Non
     hidden = tower.pre_layrnorm(torch.cat([start.to(patches.dtype), patches + table[place].to(patches.dtype)], 1))
     kind = precision(hidden)
     states = [hidden]
-    for layer in tower.encoder.layers[:layers]:
+    for index, layer in enumerate(tower.encoder.layers[:layers]):
         attention = layer.self_attn
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         weight, bias = torch.cat([m.weight for m in parts]), torch.cat([m.bias for m in parts])
         mixed = F.linear(layer.layer_norm1(hidden).to(kind), weight, bias).unflatten(2, (3, -1, attention.head_dim))
-        heard = attend(*mixed.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
-        hidden = hidden + attention.out_proj(heard)
+        q, k, v = mixed.permute(2, 0, 3, 1, 4)
+        if watch:
+            watch(index, hidden, q, k)
+        hidden = hidden + attention.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden).to(kind))
         states.append(hidden)
     return states
@@ -90,14 +93,16 @@ class Heads(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.patch = nn.Linear(width, sum(LABELS.values()) + 2)
+        self.patch = nn.Linear(width, sum(LABELS.values()) + 3)
         self.whole = nn.Linear(width, sum(MARKS.values()))
+        for reader in (self.patch, self.whole):  # a tower that has learned is not disturbed before they read it
+            nn.init.zeros_(reader.weight)
 
     def forward(self, hidden: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """Loss, and accuracy per label."""
         hidden = self.norm(hidden)
         logits = self.patch(hidden[:, 1:]).flatten(0, 1).float()
-        parts = logits.split([*LABELS.values(), 2], 1)
+        parts = logits.split([*LABELS.values(), 2, 1], 1)
         loss, scores = logits.new_zeros(()), {}
         for (name, classes), part in zip(LABELS.items(), parts, strict=False):
             target = batch[name].flatten().to(part.device)
@@ -106,18 +111,22 @@ class Heads(nn.Module):
             weight = torch.ones(classes, device=part.device)
             if name == "kind":
                 weight[0] = 0.15
-            if name in ("centre", "smallest"):
+            if name == "smallest":
                 weight[1] = 3.0
             known = target != IGNORE
             if not known.any():
                 continue
             loss = loss + WEIGHTS.get(name, 1.0) * F.cross_entropy(part, target, weight, ignore_index=IGNORE)
-            rare = known & (target > 0) if name in ("kind", "centre", "smallest") else known
+            rare = known & (target > 0) if name in ("kind", "smallest") else known
             scores[name] = (part.argmax(1) == target)[rare].float().mean().item()
-        there = (batch["kind"].flatten() > 0).to(logits.device)
+        there = (batch["item"].flatten() > 0).to(logits.device)
         offset = batch["offset"].flatten(0, 1).to(logits.device).float() / 14
-        miss = F.smooth_l1_loss(parts[-1], offset, reduction="none").sum(1)
+        miss = F.smooth_l1_loss(parts[-2], offset, reduction="none").sum(1)
         loss = loss + 0.3 * (miss * there).sum() / there.sum().clamp(1)
+        share = mass(batch).flatten().to(logits.device)
+        miss = (parts[-1][:, 0] - share.clamp(1e-3).log())[share > 0]
+        loss = loss + F.smooth_l1_loss(miss, torch.zeros_like(miss), beta=0.2)
+        scores |= {"offset": (parts[-2] - offset)[there].abs().mean().item(), "mass": miss.abs().mean().item()}
         pairs, words, counts = self.whole(hidden[:, 0]).float().split(list(MARKS.values()), 1)
         for name, part in (("pairs", pairs), ("words", words)):
             target = batch[name].to(part.device).float()
@@ -126,10 +135,6 @@ class Heads(nn.Module):
         loss = loss + 0.3 * F.cross_entropy(counts.reshape(-1, 5), tally)
         scores["counts"] = (counts.reshape(-1, len(SHAPES), 5).argmax(-1).flatten() == tally).float().mean().item()
         return loss, scores
-
-
-Watch = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called in every layer of a decoder with its number, the hidden states before it, its rotated queries and keys."""
 
 
 def decode(decoder: Any, inputs: Tensor, positions: Tensor, seen: Tensor, prefix: int, watch: Watch) -> Tensor:
@@ -180,61 +185,6 @@ def decode(decoder: Any, inputs: Tensor, positions: Tensor, seen: Tensor, prefix
     return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def astray(q: Tensor, k: Tensor, prefix: int, named: Tensor, middles: Tensor) -> Tensor:
-    """How far two heads are from looking, from the name of a shape, the first at its patches, the second at the middles
-    of its objects and, for what is left, at the first token.
-
-    Args:
-        q: Rotated queries of a layer (b, heads, prefix + t, d).
-        k: Its rotated keys (b, heads, prefix + t, d).
-        prefix: Length of the prefix.
-        named: Which patches show what a token names (b, t, n).
-        middles: Which of these are the middle of their object; tokens that name no shape are -1 (b, t, n).
-
-    Returns:
-        The loss, a scalar.
-    """
-    size, rows, patches = q.shape[-1], named.any(-1), slice(prefix - named.shape[2], prefix)
-    counted = middles[..., 0] >= 0
-    goal = torch.cat([torch.full_like(middles[..., :1], SINK), middles], -1)[counted].float()
-    goal = goal / goal.sum(1, keepdim=True)
-    looks = (q[:, 0, prefix:] @ k[:, 0, patches].transpose(1, 2))[rows].float() * size**-0.5
-    stray = -(looks.masked_fill(~named[rows], -1e4).logsumexp(1) - looks.logsumexp(1)).mean()
-    keys = torch.cat([k[:, 1, :1], k[:, 1, patches]], 1)
-    counts = (q[:, 1, prefix:] @ keys.transpose(1, 2))[counted].float() * size**-0.5
-    total: Tensor = stray - (goal * (counts.log_softmax(1) - goal.clamp(1e-6).log())).sum(1).mean()
-    return total
-
-
-def point(batch: dict[str, Any], tokens: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which patches show the shape that a token names, of the colour named just before it, if one is (b, t, n).
-
-    Returns:
-        Those patches, and as 0 and 1 the middles of objects among them, -1 in the rows of tokens that name no shape.
-    """
-    shape = torch.full((len(tokens),), -1)
-    colour = torch.full((len(tokens),), -1)
-    for i, word in enumerate(SHAPES):
-        for name in (f" {word}", f" {word}{'es' if word == 'cross' else 's'}"):
-            shape[tokens(name, add_special_tokens=False).input_ids[0]] = i
-    for i, word in enumerate(COLOURS):
-        colour[tokens(f" {word}", add_special_tokens=False).input_ids[0]] = i
-    ids = batch["ids"].cpu()
-    what = torch.where(batch["target"].cpu() == IGNORE, shape[ids], -1)
-    tint = colour[ids].roll(1, 1)
-    kind, hue = batch["kind"].cpu() - 1, batch["colour"].cpu()
-    same = (what[:, :, None] == kind[:, None]) & ((tint[:, :, None] < 0) | (tint[:, :, None] == hue[:, None]))
-    same &= (what >= 0)[:, :, None]
-    about = batch["about"].cpu()[:, :, None]
-    item = torch.stack([batch["column"], batch["row"]], -1).cpu() * 14 + 7 + batch["offset"].cpu()
-    ninth = (item // 112).clamp(0, 2)
-    sort = (batch["kind"].cpu() - len(SHAPES)).clamp(0) + (batch["kind"].cpu() <= 0) * 99
-    there = (3 * (3 * ninth[..., 1] + ninth[..., 0]) + sort)[:, None] == about
-    there |= (about == 27) & (batch["smallest"].cpu() == 1)[:, None]
-    middles = (same & (batch["centre"].cpu() == 1)[:, None]).long() - (what < 0).long()[:, :, None]
-    return (same | there).to(device), middles.to(device)
-
-
 def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Tensor:
     """Loss of reading the words for what is in a patch straight off its projected token, with the tied output head.
 
@@ -245,7 +195,7 @@ def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Te
     loss = logits.new_zeros(())
     for name, words in parts.items():
         ids = [tokens(w if name in ("tens", "ones") else f" {w}", add_special_tokens=False).input_ids[0] for w in words]
-        label = batch[name].flatten().to(logits.device) - int(name == "kind")
+        label = batch[name].flatten() - int(name == "kind")
         known = ((label >= 0) & (label < len(ids))).nonzero()[:, 0]
         if len(known):
             target = torch.tensor(ids, device=logits.device)[label[known]]
@@ -254,8 +204,8 @@ def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Te
 
 
 def read(
-    model: Any, features: Tensor, batch: dict[str, Any], tokens: Any, where_is: nn.ModuleList
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    model: Any, features: Tensor, batch: dict[str, Tensor], tokens: Any, probes: Probes
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, float]]:
     """Runs the decoder on one picture per row with many questions behind it, each blind to the others.
 
     Every question sees exactly what it would see alone: the prefix and itself, at the same rotary positions.
@@ -263,18 +213,18 @@ def read(
     Args:
         model: A `LlavaForConditionalGeneration`.
         features: Hidden states of the picture's patches, without CLS (b, n, d).
-        batch: What `data.pack` returned.
+        batch: Labels of patches, and what `data.pack` returned, on the device of the features.
         tokens: The tokenizer.
-        where_is: Reads row and column of a named shape off the hidden state of its name, and how far two are apart.
+        probes: What hidden states are asked.
 
     Returns:
-        Logits at the places where an answer is to be learned, the true tokens there, the place as (row, column), and
-        the loss of `naming` and of looking astray, see `astray`.
+        Logits at the places where an answer is to be learned, the true tokens there, the place as (row, column), the
+        other losses by name, with that of each hint as "hints", and how right what the probes read is.
     """
     device = features.device
     visual = model.model.multi_modal_projector(features)
     embed = model.model.language_model.embed_tokens
-    ids, segment, step, target = (batch[name].to(device) for name in ("ids", "segment", "step", "target"))
+    ids, segment, step, target = (batch[name] for name in ("ids", "segment", "step", "target"))
     b, n, t = len(visual), visual.shape[1], ids.shape[1]
     head = torch.tensor(tokens("<s>USER: ", add_special_tokens=False).input_ids, device=device).expand(b, -1)
     prefix = head.shape[1] + n
@@ -282,36 +232,24 @@ def read(
     positions = torch.cat([torch.arange(prefix, device=device).expand(b, -1), prefix + step], 1)
     mine = torch.cat([torch.zeros(b, prefix, dtype=torch.long, device=device), segment + (segment == 0) * 999], 1)
     causal = torch.ones(t, prefix + t, dtype=torch.bool, device=device).tril(prefix)
-    asker = mine[:, prefix:, None]
-    seen = causal & ((mine[:, None, :] == 0) | (mine[:, None, :] == asker))
-    named, middles = point(batch, tokens, device)
-    states: dict[int, Tensor] = {}
-    strays: list[Tensor] = []
+    seen = causal & ((mine[:, None, :] == 0) | (mine[:, None, :] == mine[:, prefix:, None]))
+    guide = Guide(batch, tokens, head.shape[1], seen)
+    losses: dict[str, Tensor] = defaultdict(lambda: visual.new_zeros((), dtype=torch.float32))
+    losses["naming"] = naming(model, visual, batch, tokens)
+    scores: dict[str, float] = {}
 
     def watch(layer: int, hidden: Tensor, q: Tensor, k: Tensor) -> None:
-        states[layer] = hidden[:, prefix:]
-        if layer in GUIDED:
-            strays.append(astray(q, k, prefix, named, middles))
+        losses["stray"] = losses["stray"] + guide.stray(layer, q, k)
+        missed, right = probes(layer, hidden, batch, guide)
+        for name, part in missed.items():
+            losses[name] = losses[name] + part
+        scores.update(right)
+        if layer == HINTED:
+            known = batch["hint"] != IGNORE
+            early = model.lm_head(F.rms_norm(hidden[:, prefix:][known], hidden.shape[-1:])).float()
+            losses["hints"] = F.cross_entropy(early, batch["hint"][known], reduction="none")
 
     hidden = decode(model.model.language_model, inputs, positions, seen[:, None], prefix, watch)
-    early, late, middle = states[PLACED], states[COMPARED], states[HINTED + 1]
-    stray = torch.stack(strays).mean()
     where = (target != IGNORE).nonzero()
     logits = model.lm_head(hidden[where[:, 0], where[:, 1]]).float()
-    extra = 0.1 * naming(model, visual, batch, tokens) + 1.0 * stray
-    if named.any():
-        patches = torch.stack([batch["row"], batch["column"]], -1).to(device).float() / 24
-        share = named.float() / named.sum(-1, keepdim=True).clamp(1)
-        place = share @ patches
-        found = where_is[0](F.rms_norm(early[named.any(-1)], early.shape[-1:])).float()
-        extra = extra + 3 * F.smooth_l1_loss(found, place[named.any(-1)], beta=0.1)
-        i, j = (batch["other"].to(device) >= 0).nonzero(as_tuple=True)
-        if len(i):
-            gap = place[i, j] - place[i, batch["other"].to(device)[i, j]]
-            found = where_is[1](F.rms_norm(late[i, j], late.shape[-1:])).float()
-            extra = extra + 3 * F.smooth_l1_loss(found, gap, beta=0.1)
-    hint = batch["hint"].to(device)
-    if (hint != IGNORE).any():
-        known = model.lm_head(F.rms_norm(middle[hint != IGNORE], middle.shape[-1:])).float()
-        extra = extra + F.cross_entropy(known, hint[hint != IGNORE])
-    return logits, target[where[:, 0], where[:, 1]], where, extra
+    return logits, target[where[:, 0], where[:, 1]], where, losses, scores

@@ -2,13 +2,16 @@
 
 Three stages, each resumable: `see` trains the vision tower on labels of every patch; `read` trains projector and
 decoder behind the frozen tower, many questions behind one picture; `joint` trains everything. Visual tokens are never
-dropped or masked: small windows of the canvas come first, the whole canvas last.
+dropped or masked: small windows of the canvas come first, the whole canvas last. With `--start FOLDER` the first stage
+begins with the weights of a model.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,14 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo import build
-from foveate.demo.data import Mix, Stream, label, marks, pack
+from foveate.demo.data import IGNORE, Mix, Stream, label, marks, pack
+from foveate.demo.guide import Probes, together
 from foveate.demo.loop import Loop, Phase, command
 from foveate.demo.network import Heads, encode, pixels, read
 from foveate.demo.paint import paint
 from foveate.demo.questions import TYPES, ask
 from foveate.demo.world import SIDE, VALIDATION, layout
 
-HARD = ("presence", "colour", "place", "count", "relation") * 2 + ("relation", "word", "number", "smallest")
+HARD = (*TYPES, "relation", "count", "number", "smallest", "place")
+SHARES = {"naming": 0.1, "stray": 0.3, "sights": 0.7, "place": 1.0, "gap": 1.0, "tally": 0.5, "hints": 0.5}
+"""Weights of the losses beside that of the answers."""
+WEIGHTS = {"count": 2.0, "number": 2.0}
+"""Weights of types of question; one where not given."""
 
 
 class Trainer(Loop):
@@ -32,68 +40,83 @@ class Trainer(Loop):
 
     plan: ClassVar = {
         "see": (
-            Phase(0.25, Mix(8, (1, 3), (2, 2), largest=60), 32),
-            Phase(0.74, Mix(12, (2, 5), (4, 4), largest=90), 24),
+            Phase(0.10, Mix(8, (1, 3), (2, 2), largest=60), 32),
+            Phase(0.50, Mix(12, (2, 5), (4, 4), largest=90), 24),
             Phase(1.00, Mix(24, (5, 8), (4, 4)), 8),
         ),
         "read": (
-            Phase(0.34, Mix(8, (2, 4), (1, 1), largest=34, per_type=2, types=HARD), 12),
-            Phase(0.675, Mix(14, (3, 6), (1, 1), largest=70, per_type=2, types=HARD), 8),
-            Phase(1.00, Mix(24, (4, 7), (2, 2), per_type=2, types=HARD), 6),
+            Phase(0.30, Mix(12, (3, 5), (2, 2), largest=60, per_type=2, types=HARD), 6),
+            Phase(1.00, Mix(24, (4, 7), (2, 2), per_type=2, types=HARD), 4),
         ),
-        "joint": (Phase(1.00, Mix(24, (4, 7), (2, 2), per_type=3, types=HARD), 8),),
+        "joint": (Phase(1.00, Mix(24, (4, 7), (2, 2), per_type=2, types=HARD), 6),),
     }
-    rates: ClassVar = {"see": (2e-3, 1e-3), "read": (2e-3, 1e-3), "joint": (3e-4, 2e-4)}
+    rates: ClassVar = {"see": (2e-3, 1e-3), "read": (1.2e-3, 8e-4), "joint": (1e-3, 7e-4)}
 
     def build(self, seed: int) -> None:
         self.tokens = build.tokenizer()
         self.model = build.model(self.tokens, seed=seed)
         self.tower: Any = self.model.model.vision_tower
-        self.where_is = nn.ModuleList([nn.Linear(256, 2), nn.Linear(256, 2)])
-        self.heads = nn.ModuleList([Heads(192), Heads(192), *self.where_is])
+        self.probes = Probes(256)
+        self.heads = nn.ModuleList([Heads(192), Heads(192), self.probes])
 
     def parts(self) -> Sequence[nn.Module]:
         model = self.model.model
         return {
             "see": [self.tower, self.heads],
-            "read": [model.multi_modal_projector, model.language_model, self.where_is],
+            "read": [model.multi_modal_projector, model.language_model, self.probes],
             "joint": [self.model, self.heads],
         }[self.stage]
+
+    def careful(self) -> Sequence[nn.Module]:
+        """What of it learns slowly: a tower that has learned to see."""
+        return [self.tower] if self.stage == "joint" else []
 
     def stream(self, phase: Phase, batch: int, seed: int) -> Any:
         return Stream(phase.mix, batch, seed, self.tokens)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        picture, corner = pixels(batch, self.device), batch["corner"].to(self.device)
+        """Loss and scores of one batch in this stage."""
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        picture, corner = pixels(batch, self.device), batch["corner"]
         if self.stage == "read":
             with torch.no_grad():
                 states = encode(self.tower, picture, corner, layers=7)
             return self._answers(states[-1][:, 1:], batch)
-        states = encode(self.tower, picture, corner)
+        stray: list[Tensor] = []
+        states = encode(
+            self.tower, picture, corner, watch=lambda layer, _, q, k: stray.append(together(layer, q, k, batch))
+        )
         main, scores = self.heads[0](states[-2], batch)
         last, _ = self.heads[1](states[-1], batch)
-        total = main + 0.25 * last
+        astray = torch.stack(stray).sum()
+        total = main + 0.25 * last + 0.3 * astray
+        scores["stray"] = astray.item()
         if self.stage == "joint":
-            answer, scores = self._answers(states[-2][:, 1:], batch)
-            total = answer + 0.1 * total
+            answer, read = self._answers(states[-2][:, 1:], batch)
+            return answer + 0.2 * total, {f"_see_{name}": value for name, value in scores.items()} | read
         return total, scores
 
     def _answers(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        logits, target, where, extra = read(self.model, features, batch, self.tokens, self.where_is)
-        loss = F.cross_entropy(logits, target) + extra
-        with torch.no_grad():
-            right = (logits.argmax(1) == target).cpu()
-        kinds = batch["type"][where[:, 0].cpu(), where[:, 1].cpu()]
-        whole = batch["segment"][where[:, 0].cpu(), where[:, 1].cpu()] + 1000 * where[:, 0].cpu()
+        """Loss of reading, and scores: the share of right answers by type."""
+        logits, target, where, losses, scores = read(self.model, features, batch, self.tokens, self.probes)
+        weights = torch.tensor([WEIGHTS.get(name, 1.0) for name in TYPES], device=target.device)
+        hinted = weights[batch["type"][batch["hint"] != IGNORE]]
+        losses["hints"] = (losses["hints"] * hinted).sum() / hinted.sum()
+        kinds, rows = batch["type"][where[:, 0], where[:, 1]], where[:, 0]
+        missed = F.cross_entropy(logits, target, reduction="none")
+        loss = (missed * weights[kinds]).sum() / weights[kinds].sum()
+        loss = loss + sum(SHARES[name] * part for name, part in losses.items())
+        scores |= {f"_{name}_loss": part.item() for name, part in losses.items()}
+        whole = batch["segment"][rows, where[:, 1]] + 1000 * rows
         _, index = whole.unique(return_inverse=True)
-        wrong = torch.zeros(int(index.max()) + 1).index_add_(0, index, (~right).float())
-        kind = torch.zeros(len(wrong), dtype=torch.long).index_put_((index,), kinds)
-        scores = {TYPES[k]: (wrong[kind == k] == 0).float().mean().item() for k in kind.unique().tolist()}
-        return loss, scores
+        wrong = torch.zeros(int(index.max()) + 1, device=index.device)
+        wrong = wrong.index_add_(0, index, (logits.argmax(1) != target).float())
+        kind = torch.zeros(len(wrong), dtype=torch.long, device=index.device).index_put_((index,), kinds)
+        return loss, scores | {TYPES[k]: (wrong[kind == k] == 0).float().mean().item() for k in kind.unique().tolist()}
 
     @torch.no_grad()
-    def validate(self, n: int = 48) -> dict[str, float]:
-        """Scores on fixed scenes of the validation seeds, whole canvas."""
+    def validate(self, n: int = 40) -> dict[str, float]:
+        """Scores on fixed scenes of the validation seeds, whole canvas; those of single losses begin with "_"."""
         sums: dict[str, list[float]] = defaultdict(list)
         for start in range(0, n, 8):
             samples: list[dict[str, Any]] = []
@@ -113,7 +136,21 @@ class Trainer(Loop):
             for name, value in scores.items():
                 sums[name].append(value)
         result = {name: sum(v) / len(v) for name, v in sums.items()}
-        return {"mean": sum(result.values()) / len(result)} | result
+        main = [value for name, value in result.items() if not name.startswith("_")]
+        self.reached = sum(main) / len(main)
+        return {"mean": self.reached} | result
+
+    def save(self, folder: Path) -> None:
+        """Writes the model where it is the best so far."""
+        path = self.out / "best.json"
+        best = json.loads(path.read_text()) if path.exists() else 0.0
+        if self.reached >= best:
+            build.save(self.model, folder)
+            path.write_text(json.dumps(self.reached))
+
+    def run(self, save: Path | None, every: float = 240) -> None:
+        """Trains until the time is over; validates and checkpoints every so many seconds."""
+        super().run(save, every)
 
 
 if __name__ == "__main__":
