@@ -11,7 +11,7 @@ from foveate.cli.ask import UserError
 from foveate.errors import FoveateError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from foveate.draw.overlay import Frames
+    from foveate.draw.ground import Frames
     from foveate.lab.media import Media, Video
 
 #: Frames of a video, where neither the user nor the processor says how many.

@@ -18,7 +18,7 @@ from foveate.cli.output import MIB, check_writable, columns, note, show
 from foveate.cli.record import around, record
 
 if TYPE_CHECKING:
-    from foveate.draw.overlay import Frames
+    from foveate.draw.ground import Frames
     from foveate.report import Report
 
 PICTURE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from foveate.draw import panels as geometry
+from foveate.draw.ground import Frames, Picture, enlarged, films, frame, opened, upright
 from foveate.draw.panels import Grid, Panel
 from foveate.draw.scene import (
     FAINT,
@@ -39,15 +39,9 @@ from foveate.draw.scene import (
 if TYPE_CHECKING:
     from foveate.report import ImageReport, Report
 
-Picture = Image.Image | str | Path
-Frames = Picture | Sequence[Picture]
-
-_SHORTEST = 336  # pixels of the shorter side of what is drawn, at least
-_CELL = 14  # pixels of a cell's shorter side, at least
 _DIM = 0.85  # how much light is left to a token that nearly reached the end
 _BAR = 64  # cells of a colour bar
 _WIDEST = 680  # pixels of a picture among others
-_PLAIN = (128, 132, 140)  # ground where there is no picture
 
 
 @Drawing
@@ -76,7 +70,7 @@ def kept(
         ValueError: If an index lies outside the grid, or a sequence has another length than the grid.
     """
     n = math.prod(grid)
-    picture = _open(image)
+    picture = upright(image)
     shown = geometry.of_grid(grid, geometry.central(picture.size) if crop else geometry.WHOLE)
     slots = dict.fromkeys(kept, 0)
     if merged_into is not None:
@@ -85,7 +79,7 @@ def kept(
         raise ValueError(f"kept holds an index outside range({n}), the tokens of the grid {grid}")
     light = [0.0] * n if life is None else [_DIM * share for share in _per_token(life, n, "life")]
     boxes = None if scores is None else levels(_per_token(scores, n, "scores"))
-    base = _sized(picture, shown)
+    base = enlarged(picture, shown)
     return strip([_panel(base, panel, slots, light, boxes) for panel in shown])
 
 
@@ -103,7 +97,7 @@ def heat(image: Picture, grid: Grid, scores: Sequence[float], *, crop: bool = Fa
         ValueError: If there is not one score per token.
     """
     values = _per_token(scores, math.prod(grid), "scores")
-    picture = _open(image)
+    picture = upright(image)
     shown = geometry.of_grid(grid, geometry.central(picture.size) if crop else geometry.WHOLE)
     return _with_bar(_heat([picture], shown, values), values)
 
@@ -169,7 +163,7 @@ def stages(image: Frames, report: ImageReport, *, crop: bool = False, width: int
     items = []
     for (place, count), tokens in zip(steps, alive, strict=True):
         slots = dict.fromkeys(tokens, 0)
-        scenes = [_panel(_sized(_frame(pictures, panel, shown), shown), panel, slots) for panel in shown]
+        scenes = [_panel(enlarged(frame(pictures, panel, shown), shown), panel, slots) for panel in shown]
         items.append((f"{place}\n{count} of {report.tokens} tokens", strip(scenes)))
     if len(shown) > 2:  # frames: a row for each stage
         return sheet(items, 1, "", width * min(len(shown), 4))
@@ -205,7 +199,7 @@ def compare(
     shown = geometry.panels(first, pictures[0].size, crop=crop)
     one, other = set(_longest(first)), set(_longest(second))
     marked = (((one - other), FIRST, f"only {names[0]}"), ((other - one), SECOND, f"only {names[1]}"))
-    both = [_both(_sized(_frame(pictures, panel, shown), shown), panel, one | other, marked) for panel in shown]
+    both = [_both(enlarged(frame(pictures, panel, shown), shown), panel, one | other, marked) for panel in shown]
     key = _key([(colour, f"{len(tokens)} {text}") for tokens, colour, text in marked], len(one & other), width)
     items = [
         (f"{name}\n{len(tokens)} tokens", strip(_tokens(pictures, shown, report)))
@@ -238,44 +232,6 @@ def prompt(images: Sequence[Frames], report: Report, *, crop: bool = False) -> S
 # -- pieces
 
 
-def _open(image: Picture) -> Image.Image:
-    """Return the picture in RGB, upright."""
-    if isinstance(image, str | Path):
-        with Image.open(image) as opened:
-            return _open(opened)
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def opened(image: Frames) -> list[Image.Image]:
-    """Return the picture, or the frames of a video, in RGB and upright."""
-    pictures = [image] if isinstance(image, Image.Image | str | Path) else list(image)
-    if not pictures:
-        raise ValueError("there is no picture to draw on, got an empty list")
-    return [_open(picture) for picture in pictures]
-
-
-def films(pictures: Sequence[Frames], reports: Sequence[ImageReport]) -> list[list[Image.Image]]:
-    """Return what tokens are drawn on: the frames of each entry, or plain ground where there are not equally many."""
-    if len(pictures) == len(reports):
-        return [opened(each) for each in pictures]
-    return [[Image.new("RGB", (512, 512), _PLAIN)] for _ in reports]
-
-
-def _frame(pictures: Sequence[Image.Image], panel: Panel, shown: Sequence[Panel]) -> Image.Image:
-    """Return what a panel shows; where it shows several frames, the first of them."""
-    frames = 1 + max(each.frame for each in shown)
-    return pictures[panel.frame * len(pictures) // frames]
-
-
-def _sized(picture: Image.Image, shown: Sequence[Panel]) -> Image.Image:
-    """Return the picture as it is, or enlarged where it or its cells would be too small to see."""
-    width, height = picture.size
-    scale = max(1.0, _SHORTEST / min(width, height), _CELL / geometry.finest(tuple(shown), picture.size))
-    if scale == 1:
-        return picture
-    return picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
-
-
 def _pixels(picture: Image.Image, panel: Panel) -> tuple[int, int, int, int]:
     """Where the grid of a panel lies on the picture."""
     left, top, right, bottom = panel.box
@@ -297,7 +253,7 @@ def _tokens(pictures: Sequence[Image.Image], shown: Sequence[Panel], report: Ima
     slots = dict.fromkeys(_longest(report), 0)
     if report.merged_into is not None:
         slots = {token: slot for token, slot in enumerate(report.merged_into) if slot >= 0}
-    return [_panel(_sized(_frame(pictures, panel, shown), shown), panel, slots, light) for panel in shown]
+    return [_panel(enlarged(frame(pictures, panel, shown), shown), panel, slots, light) for panel in shown]
 
 
 def _panel(
@@ -353,8 +309,8 @@ def _key(entries: Sequence[tuple[Colour, str]], common: int, width: int) -> Scen
     items: list[Rects | Text] = []
     y = 6
     for place, (colour, text) in enumerate(entries):
-        frame = (((0, y, 14, y + 14)), (3, y + 3, 11, y + 11))
-        items += [Rects((frame[0],), colour), Rects((frame[1],), INK)]
+        border, inner = (0, y, 14, y + 14), (3, y + 3, 11, y + 11)
+        items += [Rects((border,), colour), Rects((inner,), INK)]
         if place:
             items.append(Rects(((5, y + 5, 9, y + 9),), colour))
         for line in wrapped(text, 13, width - 22):
@@ -376,7 +332,7 @@ def _heat(pictures: Sequence[Image.Image], shown: Sequence[Panel], scores: Seque
     level = levels(scores)
     scenes = []
     for panel in shown:
-        picture = _sized(_frame(pictures, panel, shown), shown)
+        picture = enlarged(frame(pictures, panel, shown), shown)
         box, rows, columns = _pixels(picture, panel), panel.rows, panel.columns
         mine = [level[token] for token in panel.order]
         scored = tuple(float(one is not None) for one in mine)

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from foveate.draw.overlay import Frames, films
+from foveate.draw.ground import Frames, films
 from foveate.draw.panels import panels
 from foveate.draw.scene import RAMP
 from foveate.draw.svg import data_uri
