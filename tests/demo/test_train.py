@@ -10,7 +10,7 @@ import torch
 
 from foveate.demo import MODEL, build, load
 from foveate.demo.data import IGNORE, KINDS, LABELS, Mix, Stream, label, pack
-from foveate.demo.guide import GROUPED, REST, SINK, Guide, Probes, astray, mass, point, together, uneven
+from foveate.demo.guide import GROUPED, REST, SINK, Guide, Probes, astray, point, together, uneven
 from foveate.demo.loop import CAREFUL, Phase
 from foveate.demo.network import encode, pixels, read
 from foveate.demo.paint import paint
@@ -60,7 +60,7 @@ def test_packed_questions_equal_single_prompts_of_the_stock_model() -> None:
 
 def test_labels_of_a_hand_made_picture() -> None:
     labels = {k: v.reshape(GRID, GRID, -1)[..., 0] for k, v in patches().items()}
-    assert set(labels) == {*LABELS, "item", "cover", "offset"} and labels["kind"].max() < KINDS
+    assert set(labels) == {*LABELS, "item", "cover", "mass", "offset"} and labels["kind"].max() < KINDS
     assert labels["kind"][5, 5] == 1 + SHAPES.index("square") and labels["colour"][5, 5] == 4
     assert labels["kind"][14, 14] == 1 + SHAPES.index("star") and labels["smallest"][14, 14] == 1
     assert labels["kind"][20, 10] == 0 and labels["colour"][20, 10] < 0
@@ -73,7 +73,7 @@ def test_labels_of_a_hand_made_picture() -> None:
 
 def test_every_item_is_shared_out_over_its_patches() -> None:
     batch = {name: torch.from_numpy(values)[None] for name, values in patches().items()}
-    share = mass(batch)
+    share = batch["mass"]
     for item in range(1, 7):
         torch.testing.assert_close(share[batch["item"] == item].sum(), torch.tensor(1.0))
     assert not share[batch["item"] <= 0].any()

@@ -78,7 +78,8 @@ def label(objects: Sequence[Thing], prints: Sequence[Print], owner: NDArray[np.u
 
     Returns:
         For each name in `LABELS` a flat array over patches; "item", the item of a patch from 1, 0 nothing, -1 unclear;
-        "cover", the share of a patch that its item covers; "offset", px from a patch to the centre of its item.
+        "cover", the share of a patch that its item covers; "mass", the share of its item that a patch shows; "offset",
+        px from a patch to the centre of its item.
     """
     share = patches_of(owner, 1 + len(objects) + len(prints)) / (PATCH * PATCH)
     rows, columns = share.shape[:2]
@@ -124,7 +125,9 @@ def label(objects: Sequence[Thing], prints: Sequence[Print], owner: NDArray[np.u
     offset = (place - np.stack([x, y], -1) * PATCH - PATCH // 2).reshape(-1, 2)
     flat = {name: values.reshape(-1).astype(np.int64) for name, values in labels.items()}
     flat["offset"] = np.where((best > 0).reshape(-1, 1), offset, 0).astype(np.int64)
-    flat["cover"] = np.take_along_axis(share, best.clip(0)[..., None], -1).reshape(-1).astype(np.float32)
+    cover = np.where(best > 0, np.take_along_axis(share, best.clip(0)[..., None], -1)[..., 0], 0.0).reshape(-1)
+    whole = np.bincount(best.clip(0).reshape(-1), cover)[best.clip(0).reshape(-1)]
+    flat["cover"], flat["mass"] = cover.astype(np.float32), (cover / whole.clip(0.05)).astype(np.float32)
     return flat
 
 

@@ -59,20 +59,11 @@ def plain(hidden: Tensor) -> Tensor:
     return 4 * F.rms_norm(hidden, hidden.shape[-1:])
 
 
-def mass(batch: dict[str, Tensor]) -> Tensor:
-    """What part of its item a patch shows (b, n): one over all patches of an item, zero of nothing."""
-    item = batch["item"]
-    same = (item[:, :, None] == item[:, None]) & (item > 0)[:, None]
-    cover = batch["cover"] * (item > 0)
-    whole: Tensor = cover / (same * cover[:, None]).sum(2).clamp(0.05)
-    return whole
-
-
 def together(index: int, q: Tensor, k: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """How far the heads of a tower layer are from looking from every patch at its item (b, heads, 1 + n, head_dim)."""
     if index not in GROUPED:
         return q.new_zeros((), dtype=torch.float32)
-    item, share = batch["item"], mass(batch)
+    item, share = batch["item"], batch["mass"]
     row, patch = (share > 0).nonzero().T
     goal = F.pad((item[row] == item[row, patch][:, None]) * batch["cover"][row], (1, 0))
     total = q.new_zeros((), dtype=torch.float32)
@@ -95,7 +86,7 @@ class Sights(nn.Module):
     def forward(self, hidden: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Loss, and scores: the place and the middle as mean distances in patches, the share as a logarithm."""
         where, middle, part_of, *parts = self.read(plain(hidden)).float().split([2, 2, 1, *self.widths], -1)
-        place, shown, share = places(batch), batch["item"] > 0, mass(batch)
+        place, shown, share = places(batch), batch["item"] > 0, batch["mass"]
         loss = F.smooth_l1_loss(where, place, beta=0.1)
         miss = (middle - place - batch["offset"].flip(-1) / PATCH / UNIT)[shown]
         loss = loss + F.smooth_l1_loss(miss, torch.zeros_like(miss), beta=0.1)
@@ -166,7 +157,7 @@ class Guide:
         self.rows = self.named.any(-1)
         share = self.named.float()
         self.place = (share / share.sum(-1, keepdim=True).clamp(1)) @ places(batch)
-        shapes = (self.named * mass(batch)[:, None])[self.names]
+        shapes = (self.named * batch["mass"][:, None])[self.names]
         self.counts, self.count = F.pad(shapes, (1, 0), value=SINK), shapes.sum(-1).round().long().clamp(max=4)
         self.second = (batch["other"] >= 0).nonzero()
         row, name = self.second.T

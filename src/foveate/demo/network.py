@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE, LABELS, MARKS
-from foveate.demo.guide import Guide, Probes, mass
+from foveate.demo.guide import Guide, Probes
 from foveate.demo.world import COLOURS, SHAPES, WORDS
 
 HINTED = 9
@@ -123,7 +123,7 @@ class Heads(nn.Module):
         offset = batch["offset"].flatten(0, 1).to(logits.device).float() / 14
         miss = F.smooth_l1_loss(parts[-2], offset, reduction="none").sum(1)
         loss = loss + 0.3 * (miss * there).sum() / there.sum().clamp(1)
-        share = mass(batch).flatten().to(logits.device)
+        share = batch["mass"].flatten().to(logits.device)
         miss = (parts[-1][:, 0] - share.clamp(1e-3).log())[share > 0]
         loss = loss + F.smooth_l1_loss(miss, torch.zeros_like(miss), beta=0.2)
         scores |= {"offset": (parts[-2] - offset)[there].abs().mean().item(), "mass": miss.abs().mean().item()}
