@@ -76,7 +76,7 @@ def test_the_start_sees_the_picture_halved(model: torch.nn.Module) -> None:
     for word in (*WORDS, *SHAPES, *COLOURS, "picture", "colour"):
         assert before(f" {word}").input_ids == after(f" {word}").input_ids
     for word in build.NEW_WORDS:
-        assert len(after(word, add_special_tokens=False).input_ids) == 1
+        assert len(after(f" {word}", add_special_tokens=False).input_ids) == 1
 
 
 def test_labels_of_a_hand_made_picture() -> None:

@@ -12,7 +12,7 @@ from foveate.demo import MODEL, build, load
 from foveate.demo.data import IGNORE, KINDS, LABELS, Mix, Stream, label, pack
 from foveate.demo.guide import GROUPED, REST, SINK, Guide, Probes, astray, point, together, uneven
 from foveate.demo.loop import CAREFUL, Phase
-from foveate.demo.network import encode, pixels, read
+from foveate.demo.network import encode, judge, pixels, read
 from foveate.demo.paint import paint
 from foveate.demo.train import Trainer
 from foveate.demo.world import GRID, SHAPES, SIDE, Print, Question, Thing, scene
@@ -125,6 +125,16 @@ def test_attention_is_led_to_its_goal() -> None:
     assert uneven(share.clamp(1e-9).log(), share) < 1e-5 < uneven(torch.zeros(1, 3), share)
 
 
+def test_an_answer_is_right_as_a_whole() -> None:
+    """Of two rows with two questions each: one wrong token makes its answer wrong, and no other."""
+    where = torch.tensor([[0, 1], [0, 2], [0, 4], [1, 0], [1, 3], [1, 4]])
+    batch = {"segment": torch.tensor([[1, 1, 1, 2, 2]] * 2), "type": torch.tensor([[0, 0, 0, 2, 2], [2, 2, 2, 2, 2]])}
+    target = torch.tensor([3, 1, 2, 0, 2, 1])
+    said = torch.tensor([3, 0, 2, 0, 2, 0])
+    found = judge(torch.eye(4)[said], target, where, batch, ("count", "place", "word"))
+    assert {name: each.tolist() for name, each in found.items()} == {"count": [0.0], "word": [1.0, 1.0, 0.0]}
+
+
 def test_windows_keep_their_place_on_the_canvas() -> None:
     batch = next(iter(Stream(Mix(6, (1, 2), (0, 0), largest=30), 3, seed=0)))
     assert batch["pixels"].shape == (3, 84, 84, 3)
@@ -172,7 +182,7 @@ def test_the_tower_learns_slowly_once_it_sees(tmp_path: Path) -> None:
 def test_only_a_better_model_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[float] = []
     trainer = Trainer(tmp_path, "read", 1, "cpu")
-    monkeypatch.setattr(build, "save", lambda model, folder: saved.append(trainer.reached))
+    monkeypatch.setattr(build, "save", lambda model, processor, folder: saved.append(trainer.reached))
     for trainer.reached in (0.5, 0.4, 0.6):
         trainer.save(tmp_path / "model")
     assert saved == [0.5, 0.6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from functools import lru_cache
@@ -71,15 +72,39 @@ def _vocabulary() -> str:
     return model.to_str()
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE in which every word of the world is one token and numbers are digits."""
+@lru_cache
+def _extended(*words: tuple[str, ...]) -> str:
+    """The trained tokenizer with a token and its merges behind the others for every further word."""
+    from tokenizers import Tokenizer
+
+    table = json.loads(_vocabulary())
+    vocabulary, merges = table["model"]["vocab"], table["model"]["merges"]
+    for group in words:
+        known = Tokenizer.from_str(json.dumps(table))
+        for word in group:
+            whole, *rest = known.encode(f" {word}", add_special_tokens=False).tokens
+            for piece in rest:
+                merges.append([whole, piece])
+                whole += piece
+                vocabulary.setdefault(whole, len(vocabulary))
+    return json.dumps(table)
+
+
+def tokenizer(*words: tuple[str, ...], longest: int = 2048, **special: str) -> PreTrainedTokenizerFast:
+    """A byte-fallback BPE in which every word of the world is one token and numbers are digits.
+
+    Args:
+        words: Groups of further words, each made of the pieces known before its group; all other tokens stay.
+        longest: Most tokens of a prompt.
+        special: Further special tokens by their names.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_vocabulary()), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        padding_side="left", clean_up_tokenization_spaces=False, model_max_length=2048,
-        extra_special_tokens={"image_token": "<image>"},
+        tokenizer_object=Tokenizer.from_str(_extended(*words)), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        padding_side="left", clean_up_tokenization_spaces=False, model_max_length=longest,
+        extra_special_tokens={"image_token": "<image>"} | special,
     )  # fmt: skip
 
 
@@ -137,25 +162,27 @@ def model(tokens: PreTrainedTokenizerFast, side: int = SIDE, seed: int = 0) -> L
     return built
 
 
-def save(network: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Writes model, tokenizer and processor to a folder in one step: readers see the old one or the new one.
+def save(network: Any, processor: Any, folder: Path) -> None:
+    """Writes a model and its processor to a folder in one step: readers see the old ones or the new ones.
 
     Args:
         network: The model; a bfloat16 copy of its weights is written.
-        folder: Where to; an older model there is replaced.
+        processor: Its processor.
+        folder: Where to; a card that lies there is kept, as is any other file.
     """
     import torch
 
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
+    if folder.exists():
+        shutil.copytree(folder, fresh)
     small: Any = type(network)(network.config)
     small.load_state_dict(network.state_dict())
     small.generation_config = network.generation_config
     small.to(torch.bfloat16).save_pretrained(fresh)
-    processor().save_pretrained(fresh)
-    for path in fresh.iterdir():
-        path.chmod(0o644)
+    processor.save_pretrained(fresh)
+    (fresh / "model.safetensors").chmod(0o644)
     if folder.exists():
         os.rename(folder, old)
     os.rename(fresh, folder)

@@ -43,6 +43,11 @@ class Phase:
     batch: int
 
 
+def _leave(_: int) -> None:
+    """Lets a worker end when it is told to: it must not inherit what its parent does with the signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Loop(ABC):
     """One stage of a recipe.
 
@@ -59,6 +64,7 @@ class Loop(ABC):
     rates: ClassVar[dict[str, tuple[float, float]]]
     """Peak learning rates of Muon (matrices) and AdamW (all else) in each stage."""
 
+    processor: Any
     tokens: Any
     model: Any
     heads: nn.ModuleList
@@ -95,7 +101,7 @@ class Loop(ABC):
 
     @abstractmethod
     def build(self, seed: int) -> None:
-        """Sets `tokens`, `model` and `heads`, what is learned for training's sake only."""
+        """Sets `processor`, its `tokens`, `model` and `heads`, what is learned for training's sake only."""
 
     @abstractmethod
     def parts(self) -> Sequence[nn.Module]:
@@ -119,7 +125,7 @@ class Loop(ABC):
 
     def save(self, folder: Path) -> None:
         """Writes the model for its users."""
-        build.save(self.model, folder)
+        build.save(self.model, self.processor, folder)
 
     # -- the loop
 
@@ -130,6 +136,7 @@ class Loop(ABC):
             self.model.load_state_dict(saved.state_dict())
 
     def _resume(self) -> None:
+        """Goes on from the checkpoint; several workers begin without optimizer state: only the first one's is saved."""
         path = self.out / "state.pt"
         if not path.exists():
             return
@@ -197,7 +204,7 @@ class Loop(ABC):
                 phase = now
                 stream = iter(DataLoader(
                     self.stream(phase, phase.batch // self.world, 2 * self.step + self.rank),
-                    batch_size=None, num_workers=WORKERS, prefetch_factor=8 if WORKERS else None,
+                    batch_size=None, num_workers=WORKERS, prefetch_factor=8 if WORKERS else None, worker_init_fn=_leave,
                 ))  # fmt: skip
             assert stream is not None
             for optimizer, rate in zip(self.optimizers, self.rates[self.stage], strict=True):
@@ -242,7 +249,7 @@ def command(loop: type[Loop], description: str | None) -> None:
     parser.add_argument("--stage", choices=sorted(loop.plan), required=True)
     parser.add_argument("--minutes", type=float, required=True, help="length of the stage")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--start", type=Path, help="folder of the model to begin with, where there is no checkpoint")
+    parser.add_argument("--weights", type=Path, help="folder of the model to begin with, where there is no checkpoint")
     parser.add_argument("--save", type=Path, help="folder that gets the model at every checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -252,6 +259,6 @@ def command(loop: type[Loop], description: str | None) -> None:
         dist.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = loop(args.out, args.stage, args.minutes, args.device, args.seed)
-    if args.start:
-        recipe.start(args.start)
+    if args.weights:
+        recipe.start(args.weights)
     recipe.run(args.save)

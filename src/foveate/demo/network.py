@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -185,6 +185,65 @@ def decode(decoder: Any, inputs: Tensor, positions: Tensor, seen: Tensor, prefix
     return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
+def visible(segment: Tensor, prefix: int) -> Tensor:
+    """What each place of packed questions may attend to: the prefix, and its own question up to it (b, t, prefix + t).
+
+    Args:
+        segment: Number of the question that a place belongs to, from 1; 0 is padding (b, t).
+        prefix: Length of what lies before the questions.
+    """
+    mine = F.pad(segment + (segment == 0) * 999, (prefix, 0))
+    causal = torch.ones(segment.shape[1], mine.shape[1], dtype=torch.bool, device=segment.device).tril(prefix)
+    return causal & ((mine[:, None] == 0) | (mine[:, None] == mine[:, prefix:, None]))
+
+
+def answers(
+    model: Any, start: Tensor, batch: dict[str, Any], seen: Tensor, watch: Watch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the decoder on one prefix per row with many questions behind it, each blind to the others.
+
+    Every question sees exactly what it would see alone: the prefix and itself, at the same rotary positions.
+
+    Args:
+        model: A model with a `LlamaModel`.
+        start: Embeddings of the prefixes (b, prefix, d).
+        batch: The packed questions: ids, step and target (b, t).
+        seen: What `visible` returned.
+        watch: Sees what goes on in every layer.
+
+    Returns:
+        Logits at the places where an answer is to be learned, the true tokens there, the place as (row, column).
+    """
+    decoder, device, prefix = model.model.language_model, start.device, start.shape[1]
+    ids, step, target = (batch[name].to(device) for name in ("ids", "step", "target"))
+    inputs = torch.cat([start, decoder.embed_tokens(ids)], 1)
+    positions = torch.cat([torch.arange(prefix, device=device).expand(len(ids), -1), prefix + step], 1)
+    hidden = decode(decoder, inputs, positions, seen[:, None], prefix, watch)
+    where = (target != IGNORE).nonzero()
+    row, column = where.T
+    return model.lm_head(hidden[row, column]).float(), target[row, column], where
+
+
+def judge(
+    logits: Tensor, target: Tensor, where: Tensor, batch: dict[str, Any], types: Sequence[str]
+) -> dict[str, Tensor]:
+    """Of each question whether its whole answer is right, as 1.0 or 0.0, by type.
+
+    Args:
+        logits: With `target` and `where` what `answers` returned.
+        target: See there.
+        where: See there.
+        batch: The packed questions: segment and type (b, t).
+        types: Names of the types.
+    """
+    row, column = where.T
+    segment, kinds = (batch[name].to(where.device)[row, column] for name in ("segment", "type"))
+    _, index = (segment + 1000 * row).unique(return_inverse=True)
+    wrong = logits.new_zeros(int(index.max()) + 1).index_add_(0, index, (logits.argmax(1) != target).float())
+    kind = kinds.new_zeros(len(wrong)).index_put_((index,), kinds)
+    return {types[k]: (wrong[kind == k] == 0).float() for k in kind.unique().tolist()}
+
+
 def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Tensor:
     """Loss of reading the words for what is in a patch straight off its projected token, with the tied output head.
 
@@ -208,8 +267,6 @@ def read(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, float]]:
     """Runs the decoder on one picture per row with many questions behind it, each blind to the others.
 
-    Every question sees exactly what it would see alone: the prefix and itself, at the same rotary positions.
-
     Args:
         model: A `LlavaForConditionalGeneration`.
         features: Hidden states of the picture's patches, without CLS (b, n, d).
@@ -224,15 +281,10 @@ def read(
     device = features.device
     visual = model.model.multi_modal_projector(features)
     embed = model.model.language_model.embed_tokens
-    ids, segment, step, target = (batch[name] for name in ("ids", "segment", "step", "target"))
-    b, n, t = len(visual), visual.shape[1], ids.shape[1]
-    head = torch.tensor(tokens("<s>USER: ", add_special_tokens=False).input_ids, device=device).expand(b, -1)
-    prefix = head.shape[1] + n
-    inputs = torch.cat([embed(head), visual.to(embed.weight.dtype), embed(ids)], 1)
-    positions = torch.cat([torch.arange(prefix, device=device).expand(b, -1), prefix + step], 1)
-    mine = torch.cat([torch.zeros(b, prefix, dtype=torch.long, device=device), segment + (segment == 0) * 999], 1)
-    causal = torch.ones(t, prefix + t, dtype=torch.bool, device=device).tril(prefix)
-    seen = causal & ((mine[:, None, :] == 0) | (mine[:, None, :] == mine[:, prefix:, None]))
+    head = torch.tensor(tokens("<s>USER: ", add_special_tokens=False).input_ids, device=device).expand(len(visual), -1)
+    start = torch.cat([embed(head), visual.to(embed.weight.dtype)], 1)
+    prefix = start.shape[1]
+    seen = visible(batch["segment"], prefix)
     guide = Guide(batch, tokens, head.shape[1], seen)
     losses: dict[str, Tensor] = defaultdict(lambda: visual.new_zeros((), dtype=torch.float32))
     losses["naming"] = naming(model, visual, batch, tokens)
@@ -249,7 +301,4 @@ def read(
             early = model.lm_head(F.rms_norm(hidden[:, prefix:][known], hidden.shape[-1:])).float()
             losses["hints"] = F.cross_entropy(early, batch["hint"][known], reduction="none")
 
-    hidden = decode(model.model.language_model, inputs, positions, seen[:, None], prefix, watch)
-    where = (target != IGNORE).nonzero()
-    logits = model.lm_head(hidden[where[:, 0], where[:, 1]]).float()
-    return logits, target[where[:, 0], where[:, 1]], where, losses, scores
+    return *answers(model, start, batch, seen, watch), losses, scores

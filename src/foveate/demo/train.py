@@ -2,8 +2,8 @@
 
 Three stages, each resumable: `see` trains the vision tower on labels of every patch; `read` trains projector and
 decoder behind the frozen tower, many questions behind one picture; `joint` trains everything. Visual tokens are never
-dropped or masked: small windows of the canvas come first, the whole canvas last. With `--start FOLDER` the first stage
-begins with the weights of a model.
+dropped or masked: small windows of the canvas come first, the whole canvas last. With `--weights FOLDER` a run begins
+with the weights of a saved model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from foveate.demo import build
 from foveate.demo.data import IGNORE, Mix, Stream, label, marks, pack
 from foveate.demo.guide import Probes, together
 from foveate.demo.loop import Loop, Phase, command
-from foveate.demo.network import Heads, encode, pixels, read
+from foveate.demo.network import Heads, encode, judge, pixels, read
 from foveate.demo.paint import paint
 from foveate.demo.questions import TYPES, ask
 from foveate.demo.world import SIDE, VALIDATION, layout
@@ -53,7 +53,8 @@ class Trainer(Loop):
     rates: ClassVar = {"see": (2e-3, 1e-3), "read": (1.2e-3, 8e-4), "joint": (1e-3, 7e-4)}
 
     def build(self, seed: int) -> None:
-        self.tokens = build.tokenizer()
+        self.processor = build.processor()
+        self.tokens = self.processor.tokenizer
         self.model = build.model(self.tokens, seed=seed)
         self.tower: Any = self.model.model.vision_tower
         self.probes = Probes(256)
@@ -102,17 +103,13 @@ class Trainer(Loop):
         weights = torch.tensor([WEIGHTS.get(name, 1.0) for name in TYPES], device=target.device)
         hinted = weights[batch["type"][batch["hint"] != IGNORE]]
         losses["hints"] = (losses["hints"] * hinted).sum() / hinted.sum()
-        kinds, rows = batch["type"][where[:, 0], where[:, 1]], where[:, 0]
+        kinds = batch["type"][where[:, 0], where[:, 1]]
         missed = F.cross_entropy(logits, target, reduction="none")
         loss = (missed * weights[kinds]).sum() / weights[kinds].sum()
         loss = loss + sum(SHARES[name] * part for name, part in losses.items())
         scores |= {f"_{name}_loss": part.item() for name, part in losses.items()}
-        whole = batch["segment"][rows, where[:, 1]] + 1000 * rows
-        _, index = whole.unique(return_inverse=True)
-        wrong = torch.zeros(int(index.max()) + 1, device=index.device)
-        wrong = wrong.index_add_(0, index, (logits.argmax(1) != target).float())
-        kind = torch.zeros(len(wrong), dtype=torch.long, device=index.device).index_put_((index,), kinds)
-        return loss, scores | {TYPES[k]: (wrong[kind == k] == 0).float().mean().item() for k in kind.unique().tolist()}
+        found = judge(logits, target, where, batch, TYPES)
+        return loss, scores | {name: each.mean().item() for name, each in found.items()}
 
     @torch.no_grad()
     def validate(self, n: int = 40) -> dict[str, float]:
@@ -145,7 +142,7 @@ class Trainer(Loop):
         path = self.out / "best.json"
         best = json.loads(path.read_text()) if path.exists() else 0.0
         if self.reached >= best:
-            build.save(self.model, folder)
+            super().save(folder)
             path.write_text(json.dumps(self.reached))
 
     def run(self, save: Path | None, every: float = 240) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from foveate.demo import MODEL, build
@@ -16,35 +13,13 @@ if TYPE_CHECKING:
 PATCH = 28
 PINPOINTS = sorted({(rows * CROP, columns * CROP) for columns, rows in (*SIZES.values(), *PAIRS.values())})
 """Heights and widths a picture is fitted to before it is cut into crops."""
-NEW_WORDS = (" sign", " faint", " first", " second", " only", " has", " with", " on")
+NEW_WORDS = ("sign", "faint", "first", "second", "only", "has", "with", "on")
 """Words of this world that the demo's tokenizer knows in pieces only."""
-
-
-@lru_cache
-def _vocabulary() -> str:
-    """The demo's tokenizer with the new words behind its own."""
-    table = json.loads(build._vocabulary())
-    vocabulary, merges = table["model"]["vocab"], table["model"]["merges"]
-    tokens = build.tokenizer()
-    for word in NEW_WORDS:
-        whole, *rest = tokens.tokenize(word)
-        for piece in rest:
-            merges.append([whole, piece])
-            whole += piece
-            vocabulary.setdefault(whole, len(vocabulary))
-    return json.dumps(table)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """The demo's tokenizer, and a token for each new word; the numbers of the demo's tokens stay."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_vocabulary()), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        padding_side="left", clean_up_tokenization_spaces=False, model_max_length=4096,
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+    return build.tokenizer(NEW_WORDS, longest=4096)
 
 
 def processor() -> LlavaNextProcessor:
@@ -104,31 +79,9 @@ def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlavaNextForConditi
     fresh[: len(weights[table])] = weights[table]
     names = build.tokenizer()
     for word in NEW_WORDS:
-        (index,) = tokens(word, add_special_tokens=False).input_ids
-        fresh[index] = weights[table][names(word, add_special_tokens=False).input_ids].mean(0)
+        (index,) = tokens(f" {word}", add_special_tokens=False).input_ids
+        fresh[index] = weights[table][names(f" {word}", add_special_tokens=False).input_ids].mean(0)
     weights[table] = weights["lm_head.weight"] = fresh
     weights["model.image_newline"] = network.model.image_newline.detach() * 0 + weights[table].mean(0)
     network.load_state_dict(weights)
     return network
-
-
-def save(network: Any, folder: Path) -> None:
-    """Writes model, tokenizer and processor to a folder that may hold other files; weights come last and whole.
-
-    Args:
-        network: The model; a bfloat16 copy of its weights is written.
-        folder: Where to.
-    """
-    import torch
-
-    fresh = folder.with_name(folder.name + ".new")
-    small: Any = type(network)(network.config)
-    small.load_state_dict(network.state_dict())
-    small.generation_config = network.generation_config
-    small.to(torch.bfloat16).save_pretrained(fresh)
-    processor().save_pretrained(fresh)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(fresh.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        path.chmod(0o644)
-        path.replace(folder / path.name)
-    fresh.rmdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,8 +178,6 @@ class Stream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
-        if info:  # a worker must not inherit what its parent does with the signal
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rng = np.random.default_rng([self.seed, 78, info.id if info else 0])
         yield from self._asked(rng) if self.mix.questions else self._seen(rng)
 

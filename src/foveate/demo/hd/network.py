@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE
+from foveate.demo.guide import astray
 from foveate.demo.hd.data import LABELS, MARKS
-from foveate.demo.network import MEAN, STD, decode, encode
+from foveate.demo.network import answers, encode, pixels, visible
 from foveate.demo.world import COLOURS, SHAPES, WORDS
 
 LETTERS = 36
@@ -28,9 +29,7 @@ CLASS = {"faint": 2.0, "word": 1.5}
 
 def frames(batch: dict[str, Any], device: str) -> Tensor:
     """All frames of a batch as the image processor hands them over (n, 3, 336, 336)."""
-    x: Tensor = batch["pixels"].to(device).flatten(0, -4).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
-    return ((x - mean) / std).contiguous()
+    return pixels({"pixels": batch["pixels"].flatten(0, -4)}, device)
 
 
 def see(tower: Any, picture: Tensor, layers: int | None = None) -> list[Tensor]:
@@ -156,8 +155,6 @@ def read(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs the decoder on one picture or a pair per row with many questions behind, each blind to the others.
 
-    Every question sees exactly what it would see alone: the prefix and itself, at the same rotary positions.
-
     Args:
         model: A `LlavaNextForConditionalGeneration`.
         features: Hidden states of the patches of all frames, without CLS (rows * pictures * frames, patches, d).
@@ -182,26 +179,21 @@ def read(
         each = F.pad(labels.to(device).flatten(2), (0, 1), value=blank)[:, :, index]
         return F.pad(each, (0, 1), value=blank).flatten(1)[:, :-1]
 
-    ids, segment, step, target = (batch[name].to(device) for name in ("ids", "segment", "step", "target"))
     head = torch.tensor(tokens("<s>USER: ", add_special_tokens=False).input_ids, device=device).expand(b, -1)
     line = torch.tensor(tokens("\n", add_special_tokens=False).input_ids, device=device).expand(b, -1)
     rows = [embed(head)]
     for k in range(pictures):
         rows += [embed(line)] * (k > 0) + [visual[:, k].to(embed.weight.dtype)]
     start = torch.cat(rows, 1)
-    prefix, t = start.shape[1], ids.shape[1]
-    inputs = torch.cat([start, embed(ids)], 1)
-    positions = torch.cat([torch.arange(prefix, device=device).expand(b, -1), prefix + step], 1)
-    mine = torch.cat([torch.zeros(b, prefix, dtype=torch.long, device=device), segment + (segment == 0) * 999], 1)
-    causal = torch.ones(t, prefix + t, dtype=torch.bool, device=device).tril(prefix)
-    seen = causal & ((mine[:, None, :] == 0) | (mine[:, None, :] == mine[:, prefix:, None]))
+    prefix = start.shape[1]
+    shown = slice(head.shape[1], prefix)
 
     item = spread(batch["item"], 0).clamp(0)
     width = len(index) + 1
     about = batch["about"].to(device)
     named = torch.cat(
         [
-            about[:, :, k].gather(2, item[:, None, k * width : (k + 1) * width].expand(-1, t, -1))
+            about[:, :, k].gather(2, item[:, None, k * width : (k + 1) * width].expand(-1, about.shape[1], -1))
             for k in range(pictures)
         ],
         2,
@@ -211,22 +203,17 @@ def read(
 
     def watch(layer: int, hidden: Tensor, q: Tensor, k: Tensor) -> None:
         if layer in GUIDED and looking.any():
-            looks = (q[:, 0, prefix:] @ k[:, 0, head.shape[1] : prefix].transpose(1, 2))[looking].float() * q.shape[
-                -1
-            ] ** -0.5
-            stray = looks.logsumexp(1) - looks.masked_fill(~named[looking], -1e4).logsumexp(1)
-            extra.append(stray.mean() / len(GUIDED))
+            looks = (q[:, 0, prefix:] @ k[:, 0, shown].transpose(1, 2))[looking].float() * q.shape[-1] ** -0.5
+            extra.append(astray(looks, named[looking]) / len(GUIDED))
         if layer == PLACED and pictures == 2:
             of = torch.arange(2, device=device)[None, :, None, None].expand(batch["kind"].shape)
             there = spread(torch.where(batch["kind"].to(device) > 0, of, IGNORE), IGNORE)
-            extra.append(probes(hidden[:, head.shape[1] : prefix], there, spread(batch["other"], IGNORE)))
+            extra.append(probes(hidden[:, shown], there, spread(batch["other"], IGNORE)))
         if layer == HINTED + 1:
             hint = batch["hint"].to(device)
             early = hidden[:, prefix:][hint != IGNORE]
             known = model.lm_head(F.rms_norm(early, early.shape[-1:])).float()
             extra.append(0.5 * F.cross_entropy(known, hint[hint != IGNORE]))
 
-    hidden = decode(model.model.language_model, inputs, positions, seen[:, None], prefix, watch)
-    where = (target != IGNORE).nonzero()
-    logits = model.lm_head(hidden[where[:, 0], where[:, 1]]).float()
-    return logits, target[where[:, 0], where[:, 1]], where, torch.stack(extra).sum()
+    seen = visible(batch["segment"].to(device), prefix)
+    return *answers(model, start, batch, seen, watch), torch.stack(extra).sum()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from foveate.demo.hd.network import Heads, Probes, frames, read, see
 from foveate.demo.hd.questions import TYPES
 from foveate.demo.hd.world import PAIRS, SIZES, VALIDATION, Look, contents
 from foveate.demo.loop import Loop, Phase, command
+from foveate.demo.network import judge
 
 FIRST = tuple(PAIRS.items())
 """The smallest pictures, two crops with a border."""
@@ -50,7 +50,8 @@ class Trainer(Loop):
 
     def build(self, seed: int) -> None:
         """The model as training starts."""
-        self.tokens = build.tokenizer()
+        self.processor = build.processor()
+        self.tokens = self.processor.tokenizer
         self.model = build.model(self.tokens, seed)
         self.tower: Any = self.model.model.vision_tower
         self.probes = Probes(256)
@@ -73,27 +74,17 @@ class Trainer(Loop):
         if self.stage == "read":
             with torch.no_grad():
                 states = see(self.tower, picture, layers=7)
-            loss, right = self._answers(states[-1][:, 1:], batch)
-            return loss, {kind: sum(r) / len(r) for kind, r in right.items()}
+            loss, found = self._answers(states[-1][:, 1:], batch)
+            return loss, {name: each.mean().item() for name, each in found.items()}
         states = see(self.tower, picture)
         main, scores = self.heads[0](states[-2], batch)
         last, _ = self.heads[1](states[-1], batch)
         return main + 0.25 * last, scores
 
-    def _answers(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, list[bool]]]:
+    def _answers(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of reading, and of each question whether its whole answer was right, by type."""
         logits, target, where, extra = read(self.model, features, batch, self.tokens, self.probes)
-        good = (logits.argmax(1) == target).tolist()
-        whole: dict[tuple[int, int], bool] = {}
-        types: dict[tuple[int, int], str] = {}
-        for (row, column), right in zip(where.tolist(), good, strict=True):
-            key = row, int(batch["segment"][row, column])
-            whole[key] = whole.get(key, True) and right
-            types[key] = TYPES[int(batch["type"][row, column])]
-        result: dict[str, list[bool]] = defaultdict(list)
-        for key, right in whole.items():
-            result[types[key]].append(right)
-        return F.cross_entropy(logits, target) + extra, result
+        return F.cross_entropy(logits, target) + extra, judge(logits, target, where, batch, TYPES)
 
     @torch.no_grad()
     def validate(self, n: int = 32) -> dict[str, float]:
@@ -110,14 +101,10 @@ class Trainer(Loop):
                     np.random.default_rng([seed, 26]), size, (SIZES | PAIRS)[size], [items], 12, self.tokens
                 )
                 features = see(self.tower, frames(batch, self.device), layers=7)[-1][:, 1:]
-                for name, right in self._answers(features, batch)[1].items():
-                    sums[name] += [float(r) for r in right]
+                for name, each in self._answers(features, batch)[1].items():
+                    sums[name] += each.tolist()
         result = {name: sum(v) / len(v) for name, v in sums.items()}
         return {"mean": sum(result.values()) / len(result)} | result
-
-    def save(self, folder: Path) -> None:
-        """Writes the model for its users."""
-        build.save(self.model, folder)
 
 
 if __name__ == "__main__":

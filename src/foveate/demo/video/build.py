@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import foveate.demo as demo
+from foveate.demo import build, load
 from foveate.demo.video.processor import ClipProcessor
 from foveate.demo.video.world import GRID, PATCH, SIDE
 
 if TYPE_CHECKING:
     from transformers import LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for item in message['content'] %}{% if item['type'] == 'video' %}<video>\n{% endif %}"
-    "{% if item['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}{% if message['role'] == 'user' %} {% else %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+_PICTURE = "{% if item['type'] == 'image' %}<image>\n{% endif %}"
+CHAT_TEMPLATE = build.CHAT_TEMPLATE.replace(_PICTURE, _PICTURE.replace("image", "video") + _PICTURE)
 NEW = (
     "start", "end", "appears", "vanishes", "moves", "changes", "appear", "vanish", "move", "change", "first", "was",
     "way", "up", "down", "shapes", "video", "clip", "frame", "last", "happens",
@@ -35,33 +22,9 @@ CORNER = 6
 """Row and column of the demo's position table at which that of a frame begins."""
 
 
-@lru_cache
-def _vocabulary() -> str:
-    """The demo's tokenizer, with a token and its merges behind the others for every new word."""
-    from tokenizers import Tokenizer
-
-    data = json.loads((demo.MODEL / "tokenizer.json").read_text())
-    vocabulary, merges = data["model"]["vocab"], data["model"]["merges"]
-    for word in NEW:
-        pieces = Tokenizer.from_str(json.dumps(data)).encode(f" {word}", add_special_tokens=False).tokens
-        whole = pieces[0]
-        for piece in pieces[1:]:
-            merges.append([whole, piece])
-            whole += piece
-            vocabulary.setdefault(whole, len(vocabulary))
-    return json.dumps(data)
-
-
 def tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer: what the demo's knows keeps its number."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_vocabulary()), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        padding_side="left", clean_up_tokenization_spaces=False, model_max_length=2048,
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
-    )  # fmt: skip
+    return build.tokenizer(*((word,) for word in NEW), video_token="<video>")
 
 
 def processor() -> ClipProcessor:
@@ -74,7 +37,7 @@ def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlavaNextVideoForCo
     import torch
     from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
-    source, _ = demo.load("demo")
+    source, _ = load("demo")
     torch.manual_seed(seed)
     vision, text = source.config.vision_config.to_dict(), source.config.text_config.to_dict()
     vision["image_size"], text["vocab_size"] = SIDE, len(tokens)
@@ -102,31 +65,3 @@ def model(tokens: PreTrainedTokenizerFast, seed: int = 0) -> LlavaNextVideoForCo
         elif name in weights and "position_ids" not in name:
             weights[name].copy_(value)
     return built
-
-
-def save(network: LlavaNextVideoForConditionalGeneration, folder: Path) -> None:
-    """Writes model, tokenizer and processor to a folder in one step: readers see the old one or the new one.
-
-    Args:
-        network: The model; a bfloat16 copy of its weights is written.
-        folder: Where to; an older model there is replaced, its card kept.
-    """
-    import torch
-
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for path in (fresh, old):
-        shutil.rmtree(path, ignore_errors=True)
-    small: Any = type(network)(network.config)
-    small.load_state_dict(network.state_dict())
-    small.generation_config = network.generation_config
-    small.to(torch.bfloat16).save_pretrained(fresh)
-    processor().save_pretrained(fresh)
-    card = folder / "CARD.md"
-    if card.exists():
-        shutil.copy(card, fresh)
-    for path in fresh.iterdir():
-        path.chmod(0o644)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +156,6 @@ class Stream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
-        if info:  # a worker must not inherit what its parent does with the signal
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rng = np.random.default_rng([self.seed, 78, info.id if info else 0])
         while True:
             frames = self.mix.lengths[rng.integers(len(self.mix.lengths))]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE
-from foveate.demo.network import decode, encode, pixels
+from foveate.demo.guide import astray
+from foveate.demo.network import answers, encode, pixels, visible
 from foveate.demo.video.data import CELLS, LABELS
 from foveate.demo.world import COLOURS, SHAPES
 
@@ -108,8 +109,7 @@ class Guide:
             self.hinted = hidden[:, self.prefix :]
         if index in GUIDED and self.rows.any():
             looks = (q[:, 0, self.prefix :] @ k[:, 0, visual].transpose(1, 2))[self.rows].float() * q.shape[-1] ** -0.5
-            missed = looks.logsumexp(1) - looks.masked_fill(~self.goal[self.rows], -1e4).logsumexp(1)
-            self.stray = self.stray + missed.mean() / len(GUIDED)
+            self.stray = self.stray + astray(looks, self.goal[self.rows]) / len(GUIDED)
         for heads, rows, goal in ((BACK, self.some, self.back), (FIRST, self.some, self.first),
                                   (SAME, self.covered, self.same)):  # fmt: skip
             if index in heads and len(rows):
@@ -120,9 +120,7 @@ class Guide:
         """How far a head is from looking, from some tokens (as batch, place), only at each one's goal (m, prefix)."""
         scores = (q @ k[:, : self.prefix].transpose(1, 2))[rows[:, 0], rows[:, 1]].float() * q.shape[-1] ** -0.5
         later = torch.arange(self.prefix, device=q.device) > rows[:, 1:]
-        scores = scores.masked_fill(later, -1e4)
-        missed: Tensor = scores.logsumexp(1) - scores.masked_fill(~goal, -1e4).logsumexp(1)
-        return missed.mean()
+        return astray(scores.masked_fill(later, -1e4), goal)
 
 
 def naming(model: Any, visual: Tensor, batch: dict[str, Any], tokens: Any) -> Tensor:
@@ -142,8 +140,6 @@ def read(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, float]]:
     """Runs the decoder on one clip per row with many questions behind it, each blind to the others.
 
-    Every question sees exactly what it would see alone: the prefix and itself, at the same rotary positions.
-
     Args:
         model: A `LlavaNextVideoForConditionalGeneration`.
         rows: What `features` returned (b, n, d).
@@ -158,22 +154,15 @@ def read(
     device = rows.device
     visual = model.model.multi_modal_projector(rows)
     embed = model.model.language_model.embed_tokens
-    ids, segment, step, target = (batch[name].to(device) for name in ("ids", "segment", "step", "target"))
-    b, n, t = len(visual), visual.shape[1], ids.shape[1]
+    b = len(visual)
     head = torch.tensor(tokens("<s>USER: ", add_special_tokens=False).input_ids, device=device).expand(b, -1)
-    prefix = head.shape[1] + n
-    inputs = torch.cat([embed(head), visual.to(embed.weight.dtype), embed(ids)], 1)
-    positions = torch.cat([torch.arange(prefix, device=device).expand(b, -1), prefix + step], 1)
-    mine = torch.cat([torch.zeros(b, prefix, dtype=torch.long, device=device), segment + (segment == 0) * 999], 1)
-    causal = torch.ones(t, prefix + t, dtype=torch.bool, device=device).tril(prefix)
-    seen = causal & ((mine[:, None, :] == 0) | (mine[:, None, :] == mine[:, prefix:, None]))
+    start = torch.cat([embed(head), visual.to(embed.weight.dtype)], 1)
+    segment = batch["segment"].to(device)
     goal = batch["goal"].to(device)[torch.arange(b, device=device)[:, None], segment]
     goal = goal & (batch["look"].to(device) == 1)[..., None]
     guide = Guide(batch, head.shape[1], goal)
-    hidden = decode(model.model.language_model, inputs, positions, seen[:, None], prefix, guide)
+    said = answers(model, start, batch, visible(segment, start.shape[1]), guide)
     early, late = guide.labelled
-    where = (target != IGNORE).nonzero()
-    logits = model.lm_head(hidden[where[:, 0], where[:, 1]]).float()
     hint = batch["hint"].to(device)
     middle = guide.hinted[hint != IGNORE]
     known = model.lm_head(F.rms_norm(middle, middle.shape[-1:])).float()
@@ -183,4 +172,4 @@ def read(
         "naming": naming(model, visual, batch, tokens), "astray": guide.astray, "stray": guide.stray, "early": first,
         "late": second, "hint": F.cross_entropy(known, hint[hint != IGNORE]),
     }  # fmt: skip
-    return logits, target[where[:, 0], where[:, 1]], where, losses, scores
+    return *said, losses, scores

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.loop import Loop, Phase, command
+from foveate.demo.network import judge
 from foveate.demo.video import build
 from foveate.demo.video.data import Mix, Stream, collate, describe
 from foveate.demo.video.network import LABELLED, Heads, features, read
@@ -43,7 +44,8 @@ class Trainer(Loop):
 
     def build(self, seed: int) -> None:
         """Sets the tokenizer, the model with the demo model's weights, and the readers of labels."""
-        self.tokens = build.tokenizer()
+        self.processor = build.processor()
+        self.tokens = self.processor.tokenizer
         self.model = build.model(self.tokens, seed)
         self.heads = nn.ModuleList([Heads(self.model.config.text_config.hidden_size) for _ in LABELLED])
 
@@ -62,16 +64,9 @@ class Trainer(Loop):
             rows = features(self.model.model.vision_tower, batch, self.device)
         logits, target, where, losses, scores = read(self.model, rows, batch, self.tokens, self.heads)
         loss = F.cross_entropy(logits, target) + sum(SHARES[name] * part for name, part in losses.items())
-        right = (logits.argmax(1) == target).cpu()
-        where = where.cpu()
-        kinds = batch["type"][where[:, 0], where[:, 1]]
-        whole = batch["segment"][where[:, 0], where[:, 1]] + 1000 * where[:, 0]
-        _, index = whole.unique(return_inverse=True)
-        wrong = torch.zeros(int(index.max()) + 1).index_add_(0, index, (~right).float())
-        kind = torch.zeros(len(wrong), dtype=torch.long).index_put_((index,), kinds)
+        found = judge(logits, target, where, batch, TYPES)
         scores |= {f"_{name}": part.item() for name, part in losses.items()}
-        scores |= {TYPES[k]: (wrong[kind == k] == 0).float().mean().item() for k in kind.unique().tolist()}
-        return loss, scores
+        return loss, scores | {name: each.mean().item() for name, each in found.items()}
 
     @torch.no_grad()
     def validate(self, n: int = 24) -> dict[str, float]:
@@ -97,7 +92,7 @@ class Trainer(Loop):
         path = self.out / "best.json"
         best = json.loads(path.read_text()) if path.exists() else 0.0
         if self.reached >= best:
-            build.save(self.model, folder)
+            super().save(folder)
             path.write_text(json.dumps(self.reached))
 
     def run(self, save: Path | None, every: float = 240) -> None:
