@@ -177,12 +177,3 @@ def test_the_tower_learns_slowly_once_it_sees(tmp_path: Path) -> None:
         shares[stage] = {group["share"] for group in groups if id(group["params"][0]) in tower}
         assert sum(len(group["params"]) for group in groups) == len(trainer.learning)
     assert shares == {"see": {1.0}, "joint": {CAREFUL}}
-
-
-def test_only_a_better_model_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[float] = []
-    trainer = Trainer(tmp_path, "read", 1, "cpu")
-    monkeypatch.setattr(build, "save", lambda model, processor, folder: saved.append(trainer.reached))
-    for trainer.reached in (0.5, 0.4, 0.6):
-        trainer.save(tmp_path / "model")
-    assert saved == [0.5, 0.6]

@@ -143,10 +143,9 @@ def test_only_the_best_is_kept(tmp_path: Path) -> None:
     place.mkdir(parents=True)
     (place / "CARD.md").write_text("what it is")
     for reached, kept in ((0.5, 0.5), (0.4, 0.5), (0.6, 0.6)):
-        trainer.reached = reached
         with torch.no_grad():
             trainer.model.model.image_newline.fill_(reached)
-        trainer.save(place)
+        trainer.save(place, reached)
         loaded = type(trainer.model).from_pretrained(place)
         assert loaded.model.image_newline[0].item() == pytest.approx(kept, abs=0.01)
     assert (place / "CARD.md").read_text() == "what it is"

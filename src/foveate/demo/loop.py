@@ -123,10 +123,6 @@ class Loop(ABC):
     def validate(self) -> dict[str, float]:
         """Scores on fixed samples of the validation seeds, their mean as "mean"."""
 
-    def save(self, folder: Path) -> None:
-        """Writes the model for its users."""
-        build.save(self.model, self.processor, folder)
-
     # -- the loop
 
     def start(self, folder: Path) -> None:
@@ -160,6 +156,14 @@ class Loop(ABC):
         torch.save(state, self.out / "state.new")
         (self.out / "state.new").rename(self.out / "state.pt")
 
+    def save(self, folder: Path, reached: float) -> None:
+        """Writes the model for its users where its mean is the best of this stage so far."""
+        path = self.out / f"best-{self.stage}.json"
+        best = json.loads(path.read_text()) if path.exists() else 0.0
+        if reached >= best:
+            build.save(self.model, self.processor, folder)
+            path.write_text(json.dumps(reached))
+
     def write(self, **record: Any) -> None:
         """Adds a line to the log."""
         if self.rank:
@@ -190,7 +194,7 @@ class Loop(ABC):
                 for parameter, part in zip(share, flat.split([p.numel() for p in share]), strict=True):
                     parameter.copy_(part.view_as(parameter))
 
-    def run(self, save: Path | None, every: float = 150) -> None:
+    def run(self, save: Path | None, every: float = 240) -> None:
         """Trains until the time is over; validates and checkpoints every so many seconds."""
         phase, stream, told = None, None, self.elapsed
         sums: dict[str, list[float]] = defaultdict(list)
@@ -236,9 +240,10 @@ class Loop(ABC):
                 if stop:
                     break
                 if self.rank == 0:
-                    self.write(validation=True, **self.validate())
-                if save is not None and self.rank == 0:
-                    self.save(save)
+                    scores = self.validate()
+                    self.write(validation=True, **scores)
+                    if save is not None:
+                        self.save(save, scores["mean"])
         signal.signal(signal.SIGTERM, before)
 
 

@@ -8,10 +8,8 @@ with the weights of a saved model.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -134,20 +132,7 @@ class Trainer(Loop):
                 sums[name].append(value)
         result = {name: sum(v) / len(v) for name, v in sums.items()}
         main = [value for name, value in result.items() if not name.startswith("_")]
-        self.reached = sum(main) / len(main)
-        return {"mean": self.reached} | result
-
-    def save(self, folder: Path) -> None:
-        """Writes the model where it is the best so far."""
-        path = self.out / "best.json"
-        best = json.loads(path.read_text()) if path.exists() else 0.0
-        if self.reached >= best:
-            super().save(folder)
-            path.write_text(json.dumps(self.reached))
-
-    def run(self, save: Path | None, every: float = 240) -> None:
-        """Trains until the time is over; validates and checkpoints every so many seconds."""
-        super().run(save, every)
+        return {"mean": sum(main) / len(main)} | result
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ clip. Visual tokens are never dropped or masked: short clips of few shapes come 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -84,20 +82,7 @@ class Trainer(Loop):
             for name, value in scores.items():
                 sums[name].append(value)
         result = {name: sum(v) / len(v) for name, v in sums.items()}
-        self.reached = sum(result[k] for k in TYPES) / len(TYPES)
-        return {"mean": self.reached} | result
-
-    def save(self, folder: Path) -> None:
-        """Writes the model where it is the best so far."""
-        path = self.out / "best.json"
-        best = json.loads(path.read_text()) if path.exists() else 0.0
-        if self.reached >= best:
-            super().save(folder)
-            path.write_text(json.dumps(self.reached))
-
-    def run(self, save: Path | None, every: float = 240) -> None:
-        """Trains until the time is over; validates and checkpoints every so many seconds."""
-        super().run(save, every)
+        return {"mean": sum(result[k] for k in TYPES) / len(TYPES)} | result
 
 
 if __name__ == "__main__":
