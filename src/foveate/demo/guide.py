@@ -31,6 +31,8 @@ JUDGED = 8
 """Decoder layer before which the second of two names should know how far the first is off in the way that is asked."""
 SINK = 3.0
 """Weight of the first token against one per shape, when a head counts shapes by where its attention goes."""
+COUNTED, SEVERAL = 4.0, 3.0
+"""Weights of how much goes to the first token, beside where the rest goes; and of names of several shapes, beside one."""
 REST = 4.0
 """Weight of CLS against one per covered patch, when a head measures an item by where its attention goes."""
 WAYS = {"left": (0.0, 1.0), "right": (0.0, -1.0), "above": (1.0, 0.0), "below": (-1.0, 0.0)}
@@ -173,24 +175,23 @@ class Guide:
 
     def stray(self, index: int, q: Tensor, k: Tensor) -> Tensor:
         """How far the heads of a layer are from looking where they should."""
-        total = q.new_zeros((), dtype=torch.float32)
-        asking, scale = slice(self.prefix, None), q.shape[-1] ** -0.5
-
-        def looks(head: int, asking: slice) -> Tensor:
-            """Scores of a head on the first token and the visual tokens."""
-            keys = torch.cat([k[:, head, :1], k[:, head, self.visual]], 1)
-            scores: Tensor = (q[:, head, asking] @ keys.transpose(1, 2)) * scale
-            return scores
-
+        total, scale = q.new_zeros((), dtype=torch.float32), q.shape[-1] ** -0.5
+        q, first, visual = q[:, :, self.prefix :], k[:, :, :1], k[:, :, self.visual]
         if index in GUIDED and self.rows.any():
-            total = total + astray(looks(0, asking)[self.rows][:, 1:].float(), self.named[self.rows])
+            looks = (q[:, 0] @ visual[:, 0].transpose(1, 2))[self.rows].float() * scale
+            total = total + astray(looks, self.named[self.rows])
         if index in GUIDED and self.names.any():
-            total = total + uneven(looks(1, asking)[self.names].float(), self.counts)
+            looks = (q[:, 1] @ torch.cat([first, visual], 2)[:, 1].transpose(1, 2))[self.names].float() * scale
+            weight = 1.0 + SEVERAL * (self.count > 1)
+            total = total + uneven(looks, self.counts, weight)
+            looks = torch.stack([looks[:, 0], looks[:, 1:].logsumexp(1)], 1)
+            both = torch.stack([self.counts[:, 0], self.counts[:, 1:].sum(1)], 1)
+            total = total + COUNTED * uneven(looks, both, weight)
         for layers, head, goal in ((OTHER, 2, self.first), (ASKED, 3, self.word)):
             if index in layers and len(self.second):
                 row, name = self.second.T
-                mine = (q[:, head, asking] @ k[:, head].transpose(1, 2))[row, name].float() * scale
-                total = total + astray(mine.masked_fill(~self.seen[row, name], -1e4), goal)
+                looks = (q[:, head] @ k[:, head].transpose(1, 2))[row, name].float() * scale
+                total = total + astray(looks.masked_fill(~self.seen[row, name], -1e4), goal)
         return total
 
 
