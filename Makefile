@@ -24,7 +24,7 @@ VLLM ?= .venv-vllm
 # Processes that share the tests.
 WORKERS ?= 2
 
-# What `make accuracy-hd` and `accuracy-video` share. THREADS=1 for both at once on two cores.
+# What `make accuracy`, `accuracy-hd` and `accuracy-video` share. THREADS=1 for both at once on two cores.
 CONTEST = --max-new-tokens 6 --dtype bfloat16 --out results $(if $(THREADS),--threads $(THREADS))
 
 # The plain `torch` wheel on Linux brings gigabytes of CUDA. Without a GPU, take the CPU build:
@@ -83,8 +83,9 @@ bench: $(READY) ## measure speed and memory of every method at LLaVA-1.5's shape
 	$(BIN)/foveate bench --shape llava-1.5-7b --steps 3 --warmup 0 --repeats 5 --out results/speed.csv
 	$(BIN)/python docs/generate.py
 
-accuracy: $(READY) ## measure the demo model's accuracy by method and budget, write a table to results/
-	$(BIN)/foveate eval --dtype bfloat16 --out results
+accuracy: $(READY) ## measure the demo model's accuracy by method and budget; results/accuracy.*
+	$(BIN)/foveate eval --arms benchmarks/contests/demo.txt --first 1000 $(CONTEST)
+	$(BIN)/python docs/generate.py
 
 accuracy-hd: $(READY) ## the same on large pictures and pairs: demo-hd, at shares of its tokens; results/accuracy-hd.*
 	$(BIN)/foveate eval demo-hd --arms benchmarks/contests/demo-hd.txt --first 400 --batch 4 $(CONTEST) --name accuracy-hd

@@ -1,4 +1,4 @@
-"""Makes the tables of docs/accuracy-hd.md and docs/accuracy-video.md from what `foveate eval` wrote to results/."""
+"""Makes the tables of docs/accuracy*.md from what `foveate eval` wrote to results/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-PAGES = (ROOT / "docs" / "accuracy-hd.md", ROOT / "docs" / "accuracy-video.md")
+PAGES = tuple(ROOT / "docs" / f"accuracy{name}.md" for name in ("", "-hd", "-video"))
 
 BOUNDS = ("full", "blind")
 SHOWN = ("todre", "adav", "evocut", "v2drop", "random", "grid", "pool", "downscale")
