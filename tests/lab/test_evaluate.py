@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -125,6 +126,10 @@ def test_another_run_is_not_mixed_in(model: Any, tmp_path: Path) -> None:
         with pytest.raises(TaskError, match="answers of another run") as refused:
             start(model, log, task, [FULL], **options)
         assert "--out" in str(refused.value.hint)
+    trained = copy.deepcopy(model)
+    trained[0].lm_head.weight.data += 0.01
+    with pytest.raises(TaskError, match="weights was"):
+        start(trained, log, load_task("demo", 1), [FULL])
 
 
 def test_a_budget_that_a_picture_cannot_meet_takes_the_arm_out(model: Any, tmp_path: Path) -> None:

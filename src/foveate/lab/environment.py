@@ -45,7 +45,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/demo-models/src")
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

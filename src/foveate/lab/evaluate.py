@@ -295,6 +295,15 @@ def tokens_of(network: Any, processor: Any, task: Task) -> int:
     return handle.report.images[0].tokens
 
 
+def weights(network: Any) -> str:
+    """Return a digest of a model's weights: of some 256 values of each parameter, evenly spread."""
+    digest = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        flat = parameter.detach().flatten()
+        digest.update(name.encode() + flat[:: flat.numel() // 256 + 1].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def identity(network: Any, task: Task, score: str, limit: int) -> dict[str, Any]:
     """Return what must not change while a file of answers grows."""
     asked = json.dumps([asdict(item) for item in task.items], sort_keys=True)
@@ -306,14 +315,15 @@ def identity(network: Any, task: Task, score: str, limit: int) -> dict[str, Any]
         "score": score,
         "max_new_tokens": limit,
         "architecture": type(network).__name__,
+        "weights": weights(network),
         "dtype": str(network.dtype).removeprefix("torch."),
         "attention": network.config._attn_implementation,
         "device": network.device.type,
     }
 
 
-FIXED: tuple[str, ...] = ("model", "task", "asked", "score", "max_new_tokens", "architecture", "dtype", "attention")
-FIXED += ("device", "foveate", "torch", "transformers")
+FIXED: tuple[str, ...] = ("model", "task", "asked", "score", "max_new_tokens", "architecture", "weights", "dtype")
+FIXED += ("attention", "device", "foveate", "torch", "transformers")
 
 
 def _resume(log: Path, header: dict[str, Any]) -> set[tuple[str, str]]:
