@@ -234,10 +234,11 @@ def test_what_is_no_picture_and_no_video(tmp_path: Path) -> None:
         (["gone.mp4", "What?"], "no such picture: gone.mp4", "foveate demo"),
         ([still, "gone.png", "What?"], "no such picture: gone.png", "check the path"),
         ([still, still], f"no question, {still} is a file", "comes last"),
+        ([still, clip], f"no question, {clip} is a folder", "comes last"),
         ([still, clip, "What?"], f"pictures and a video, {clip}, in one question", "one video"),
         ([clip, clip, "What?"], "2 videos in one question", "one video"),
         ([still, "What?", "--frames", "4"], f"--frames is for videos, {still} is a picture", "leave --frames out"),
-        ([clip, "What?"], f"reads no videos, and {clip} is one", "--model demo-video"),
+        ([clip, "What?"], "reads no videos", "such as demo-video"),
         ([still, still, still.with_name("q" * 5000), "What?"], "no such picture", "check the path"),
     ]:
         refused(call("run", *asked), error=error, hint=hint)

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from foveate.demo import build as demo
+from foveate.demo.data import IGNORE
 from foveate.demo.hd import build
 from foveate.demo.hd.data import GRID, Mix, Stream, collate, cut, label
-from foveate.demo.hd.network import Probes, frames, order, read, see
+from foveate.demo.hd.network import Heads, Probes, frames, order, read, see
 from foveate.demo.hd.paint import ground, paint
 from foveate.demo.hd.questions import ask
 from foveate.demo.hd.train import Trainer
@@ -98,6 +99,20 @@ def test_labels_of_a_hand_made_picture() -> None:
     assert grids["kind"][1, 10, 10] == 0 and (grids["word"][0] < 0).all()
     assert grids["kind"][0, 1, 1] == 1 + SHAPES.index("square")
     assert labels["words"][2].sum() == 1 and labels["words"][[1, 3, 4]].sum() == 0
+    assert all((labels[name][0] == IGNORE).all() and (labels[name][1:] >= 0).all() for name in ("pairs", "words"))
+
+
+def test_the_class_token_of_a_thumbnail_is_free() -> None:
+    """What it says of coloured shapes and words changes no loss; that of a crop does."""
+    batch = next(iter(Stream(Mix(), 24, seed=0)))
+    thumbnail = int((batch["pairs"] == IGNORE).all(1).nonzero()[0, 0])
+    crop = int((batch["pairs"] != IGNORE).all(1).nonzero()[0, 0])
+    hidden = torch.randn(24, 1 + GRID * GRID, 192, requires_grad=True)
+    Heads(192)(hidden, batch)[0].backward()
+    assert hidden.grad is not None
+    assert not hidden.grad[thumbnail, 0].any() and hidden.grad[crop, 0].any()
+    alone = {name: values[[thumbnail]] for name, values in batch.items()}
+    assert Heads(192)(hidden[[thumbnail]], alone)[0].isfinite()
 
 
 def test_crowded_frames_have_one_size_of_batch() -> None:

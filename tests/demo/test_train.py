@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from foveate.demo import MODEL, build, load
 from foveate.demo.data import IGNORE, KINDS, LABELS, Mix, Stream, label, pack
 from foveate.demo.guide import GROUPED, REST, SINK, Guide, Probes, astray, point, together, uneven
-from foveate.demo.loop import CAREFUL, Phase
+from foveate.demo.loop import CAREFUL, Loop, Phase, command
 from foveate.demo.network import encode, judge, pixels, read
 from foveate.demo.paint import paint
+from foveate.demo.questions import TYPES
 from foveate.demo.train import Trainer
 from foveate.demo.world import GRID, SHAPES, SIDE, Print, Question, Thing, scene
 
@@ -143,6 +149,18 @@ def test_windows_keep_their_place_on_the_canvas() -> None:
 
 
 @pytest.mark.parametrize("stage", ["see", "joint"])
+def test_the_mean_has_shares_of_right_ones_alone(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.demo.train.VALIDATION", range(20_000_000, 20_000_001))
+    told = Trainer(tmp_path, stage, 1, "cpu").validate(1)
+    main = {name: value for name, value in told.items() if name != "mean" and not name.startswith("_")}
+    assert set(main) <= ({*LABELS, "counts"} if stage == "see" else {*TYPES}) and len(main) > 3
+    assert told["mean"] == pytest.approx(sum(main.values()) / len(main))
+    prefix = "_" if stage == "see" else "_see_"
+    assert {f"{prefix}{name}" for name in ("offset", "mass", "stray")} <= set(told)
+    assert not any("__" in name for name in told)
+
+
+@pytest.mark.parametrize("stage", ["see", "joint"])
 def test_a_step_of_each_stage_and_resuming(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foveate.demo.loop.WORKERS", 0)
     monkeypatch.setitem(Trainer.plan, stage, (Phase(1.0, Mix(6, (1, 2), (1, 1), largest=30, per_type=1), 2),))
@@ -177,3 +195,144 @@ def test_the_tower_learns_slowly_once_it_sees(tmp_path: Path) -> None:
         shares[stage] = {group["share"] for group in groups if id(group["params"][0]) in tower}
         assert sum(len(group["params"]) for group in groups) == len(trainer.learning)
     assert shares == {"see": {1.0}, "joint": {CAREFUL}}
+
+
+class Tiny(Loop):
+    """A recipe whose steps take half a minute; its head has nothing to learn on the first worker."""
+
+    plan: ClassVar = {"one": (Phase(1.0, None, 2),), "two": (Phase(1.0, None, 2),)}
+    rates: ClassVar = {"one": (0.1, 0.1), "two": (0.1, 0.1)}
+    reached = 0.5
+
+    def build(self, seed: int) -> None:
+        self.seeds: list[int] = []
+        self.processor = None
+        self.model = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+        self.heads = nn.ModuleList([nn.Linear(1, 1)])
+
+    def parts(self) -> list[nn.Module]:
+        return [self.model, self.heads]
+
+    def stream(self, phase: Phase, batch: int, seed: int) -> Any:
+        self.seeds.append(seed)
+        return Ones()
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        self.elapsed += 30
+        loss = self.model["layers"](batch["x"]).sum()
+        return loss + self.heads[0](batch["x"][:1, :1]).sum() * 2 if self.rank else loss, {}
+
+    def validate(self) -> dict[str, float]:
+        return {"mean": self.reached}
+
+
+class Ones(IterableDataset[dict[str, Any]]):
+    """The same batch without end."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield {"x": torch.ones(2, 4)}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> type[Tiny]:
+    """The recipe, in this process alone; of a model that it saves there is only the name of the file."""
+
+    def save(network: Any, processor: Any, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_text("")
+
+    monkeypatch.setattr("foveate.demo.loop.WORKERS", 0)
+    monkeypatch.setattr(build, "save", save)
+    return Tiny
+
+
+def weights(loop: Loop) -> Tensor:
+    """All that it has learned."""
+    return torch.cat([p.detach().flatten() for p in loop.learning])
+
+
+def test_a_finished_stage_stays_finished(tiny: type[Tiny], tmp_path: Path) -> None:
+    first = tiny(tmp_path, "one", 1, "cpu")
+    first.run(None)
+    assert first.step == 2
+    again = tiny(tmp_path, "one", 1, "cpu")
+    again.run(None)
+    assert again.step == 2 and torch.equal(weights(again), weights(first))
+    longer = tiny(tmp_path, "one", 2, "cpu")
+    longer.run(None)
+    assert longer.step == 4 and not torch.equal(weights(longer), weights(first))
+    other = tiny(tmp_path, "two", 1, "cpu")
+    assert other.step == 0 and torch.equal(weights(other), weights(longer))
+
+
+def test_the_command_says_that_a_stage_is_finished(
+    tiny: type[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    line = f"train --out {tmp_path} --stage one --minutes 1 --device cpu --save {tmp_path}/m"
+    monkeypatch.setattr("sys.argv", line.split())
+    command(tiny, None)
+    assert not capsys.readouterr().err and (tmp_path / "m" / "model.safetensors").exists()
+    log = (tmp_path / "log.jsonl").read_text()
+    command(tiny, None)
+    said = capsys.readouterr().err
+    assert "one is finished" in said and "hint:" in said and (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_the_best_of_a_stage_is_its_own(tiny: type[Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worse model of the same stage is not written, unless nothing is there; another stage begins anew."""
+    written: list[tuple[str, str]] = []
+    place = build.save
+
+    def save(network: Any, processor: Any, folder: Path) -> None:
+        written.append((stage, folder.name))
+        place(network, processor, folder)
+
+    monkeypatch.setattr(build, "save", save)
+    for stage, minutes, name, reached in (
+        ("one", 1, "a", 0.9), ("one", 2, "a", 0.8), ("one", 3, "b", 0.7), ("one", 4, "b", 0.75), ("two", 1, "b", 0.2),
+    ):  # fmt: skip
+        monkeypatch.setattr(tiny, "reached", reached)
+        tiny(tmp_path, stage, minutes, "cpu").run(tmp_path / name)
+    assert written == [("one", "a"), ("one", "b"), ("one", "b"), ("two", "b")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "log.jsonl", "state.pt"]
+
+
+def test_a_checkpoint_of_a_finished_stage_tells_what_was_saved(tiny: type[Tiny], tmp_path: Path) -> None:
+    """What dies while it validates has not finished: started again it validates, and saves."""
+    loop = tiny(tmp_path, "one", 1, "cpu")
+    loop.validate = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(ZeroDivisionError):
+        loop.run(tmp_path / "m")
+    again = tiny(tmp_path, "one", 1, "cpu")
+    again.run(tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_every_seed_worker_and_step_has_data_of_its_own(tiny: type[Tiny], tmp_path: Path) -> None:
+    seeds = []
+    for seed, step, rank in [(s, t, r) for s in (0, 1) for t in (0, 1) for r in range(3)]:
+        loop = tiny(tmp_path, "one", 0.5, "cpu", seed)
+        loop.step, loop.rank = step, rank
+        loop.run(None)
+        (tmp_path / "state.pt").unlink(missing_ok=True)
+        seeds += loop.seeds
+    assert len(seeds) == len(set(seeds)) == 12
+
+
+def _work(rank: int, folder: str) -> None:
+    """One of two workers."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    loop = Tiny(Path(folder), "one", 1, "cpu")
+    loop.loss(next(iter(Ones())))[0].backward()
+    assert (loop.heads[0].weight.grad is None) == (rank == 0)
+    assert loop.share(1.0 + rank, rank == 1) == (1.5, True)
+    if rank == 0:
+        Path(folder, "head.json").write_text(json.dumps(loop.heads[0].bias.grad.tolist()))
+    dist.destroy_process_group()
+
+
+def test_workers_share_what_only_one_of_them_learned(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_work, (str(tmp_path),), nprocs=2)
+    assert json.loads((tmp_path / "head.json").read_text()) == [1.0]

@@ -26,9 +26,9 @@ import foveate
 from foveate.cli import app
 from foveate.demo.hd import build as hd
 from foveate.demo.video import build as clips
-from foveate.errors import TaskError, UnknownMethod, UnsupportedCall
+from foveate.errors import BudgetError, TaskError, UnknownMethod, UnsupportedCall
 from foveate.families import family_of
-from foveate.lab import evaluate, page, tables
+from foveate.lab import downscale, evaluate, page, tables
 from foveate.lab.answers import Answer, read
 from foveate.lab.chat import answers, prepare, visual_tokens
 from foveate.lab.contest import BLIND, BUDGETS, FULL, Arm, contest, expected_mean, read_arms
@@ -37,6 +37,8 @@ from foveate.lab.evaluate import Run, tokens_of
 from foveate.lab.media import Media, Video
 from foveate.lab.summary import summarise
 from foveate.lab.tasks import Item, Task
+from tests.cli.test_bad_input import refused
+from tests.cli.test_commands import call
 
 SIDE, PATCH = 56, 14  # 16 tokens a crop
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
@@ -225,6 +227,21 @@ def test_a_smaller_video_has_fewer_frames(moving: Any, tmp_path: Path) -> None:
     assert alive == {"downscale:keep=0.5": [4, 2, 4], "downscale:keep=80": [2, 2, 2], "downscale:keep=0.1": [1, 1, 1]}
 
 
+def test_videos_of_several_sizes_are_made_smaller_each_by_its_own_tokens(
+    moving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor brings all frames to one size; here a large frame counts as twice as many tokens."""
+    large, small = ([[Video((noise(f, side, side),) * 8)] for f in range(2)] for side in (168, 84))
+    task, counted = task_of([large[0], small[0], large[1], small[1]], each=1), downscale._tokens
+
+    def tokens(network: Any, processor: Any, one: Media) -> int:
+        return counted(network, processor, one) * (1 if one.size == (84, 84) else 2)
+
+    monkeypatch.setattr(downscale, "_tokens", tokens)
+    found = run(moving, task, [Arm("downscale:keep=144", "downscale", 144)], tmp_path / "a.jsonl", batch=4)
+    assert [one.mean_alive / 36 for _, one in sorted(found.items())] == [2, 4, 2, 4]
+
+
 def test_where_nothing_can_be_made_smaller_the_others_go_on(
     moving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +271,7 @@ def test_methods_may_be_asked_less_and_later_more(tiled: Any, tmp_path: Path) ->
     assert summary.items == 4 and {row.score.n for row in summary.rows} == {4}
     assert [(row.arm, row.score.n) for row in summary.whole] == [("full", 10), ("blind", 10)]
     assert not tables.unfinished(summary, header)
+    assert not tables.unfinished(summary, {"first": 1000, "n": 4})
     table, markdown, _ = page.write(given, header, tmp_path, "few")
     rows = {row["arm"]: row for row in csv.DictReader(table.read_text().splitlines())}
     assert table.name == "few.csv" and [rows[arm]["n"] for arm in ("full", "full, all")] == ["4", "10"]
@@ -280,12 +298,24 @@ def test_arms_from_a_file(tiled: Any, tmp_path: Path) -> None:
     ]
     arms, refused = contest(tiled[0], ["grid"], [12], 80, more)
     assert not refused and arms[5:] == [more[0], *more[2:]], "an arm takes part once"
-    for line, kind in (("evocut", TaskError), ("0.2 evocat", UnknownMethod), ("x evocut", TaskError)):
+    wrong = [("evocut", TaskError), ("0.2 evocat", UnknownMethod), ("x evocut", TaskError)]
+    wrong += [(f"{budget} v2drop:stages=1@0.1", BudgetError) for budget in ("-0.3", "0", "1.5", "nan")]
+    for line, kind in wrong:
         file.write_text(line)
         with pytest.raises(kind):
             read_arms(file)
     with pytest.raises(TaskError, match="cannot read"):
         read_arms(tmp_path / "none.txt")
+
+
+def test_of_arms_with_one_name_the_first_takes_part(tiled: Any, tmp_path: Path) -> None:
+    file = tmp_path / "arms.txt"
+    file.write_text("12 evocut:alpha=0.95\n12 evocut:alpha=0.5\n12 evocut:alpha=0.50\n")
+    arms, _ = contest(tiled[0], ["evocut"], [12], 80, read_arms(file))
+    assert [(arm.name, arm.method) for arm in arms[4:]] == [
+        ("evocut:keep=12", "evocut"),
+        ("evocut:keep=12,alpha=0.5", "evocut:alpha=0.5"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["demo-hd", "demo-video"])
@@ -315,3 +345,9 @@ def test_the_command_asks_a_demo_model_about_its_own_world(tmp_path: Path) -> No
     }
     header, given = read(tmp_path / "clips.jsonl")
     assert header["task"] == header["model"] == "demo-video" and header["about"] == "clips" and len(given) == 4 + 4 + 3
+
+
+def test_a_task_of_videos_is_refused_to_a_model_of_pictures(tmp_path: Path) -> None:
+    asked = ["eval", "demo", "--task", "demo-video", "--n", "1", "--method", "grid", "--out", str(tmp_path)]
+    hint = "show it pictures, or take a model that reads videos"
+    refused(call(*asked), error="LlavaForConditionalGeneration reads no videos", hint=hint)

@@ -26,9 +26,13 @@ from PIL import Image
 import foveate
 from foveate import demo
 from foveate.demo.evaluate import answer, prompt
+from foveate.demo.video import QUESTIONS as CLIP_QUESTIONS
+from foveate.demo.video import frames
 from foveate.demo.world import held_out, scene
 from foveate.errors import NothingCompressed, UnknownMethod, UnsupportedCall, UnsupportedModel
+from foveate.lab.chat import answers, prepare
 from foveate.lab.lmms import batches, read_arguments, read_options
+from foveate.lab.media import Video
 from foveate.lab.reader import Prompt, Reader
 
 TASKS = Path(__file__).parent / "lmms_task"
@@ -291,6 +295,29 @@ def test_films_are_read_and_compressed(films: Path) -> None:
     (answer,) = it.answer([asks], max_new_tokens=3)
     assert answer.read == 4 + 5
     assert it.tally.means() == {"visual_tokens": whole, "visual_entered": 4, "visual_per_layer": 4}
+
+
+def test_the_demo_model_of_clips_reads_films(tmp_path: Path) -> None:
+    """With its own processor, which needs no torchvision."""
+    av = pytest.importorskip("av", reason="needs PyAV: make test-lmms")
+    shown = frames()
+    with av.open(str(tmp_path / "clip.mov"), "w") as film:
+        stream = film.add_stream("png", rate=4)
+        stream.width, stream.height, stream.pix_fmt = *shown[0].size, "rgb24"
+        for frame in shown:
+            film.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        film.mux(stream.encode())
+    asks = [Prompt.about([str(tmp_path / "clip.mov")], question) for question, _ in CLIP_QUESTIONS]
+    plain = Reader("demo-video", "none", device="cpu")
+    model, processor = demo.load("demo-video")
+    inputs = [prepare(model, processor, [[Video(tuple(shown))]], [question]) for question, _ in CLIP_QUESTIONS]
+    said = [answers(processor, one, model.generate(**one, max_new_tokens=6, do_sample=False))[0] for one in inputs]
+    assert [one.text for one in plain.answer(asks, max_new_tokens=6)] == said
+    it = Reader("demo-video", "evocut:keep=16", device="cpu")
+    it.answer(asks, max_new_tokens=1)
+    assert it.tally.means()["visual_tokens"] == len(shown) * 36 and it.tally.means()["visual_entered"] == 16
+    with pytest.raises(UnsupportedCall, match="clips, not pictures"):
+        it.answer([ask(image(shown[0]), text("what?"))])
 
 
 def test_a_model_that_cannot_be_asked_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from foveate.errors import MissingDependency, TaskError, UnsupportedCall
+from foveate.errors import MissingDependency, TaskError, UnsupportedCall, UnsupportedModel
 from foveate.lab.chat import prepare, visual_tokens
 from foveate.lab.media import Video, grey, is_video, open_picture, open_video, thinned
+from tests.zoo.models import tiny
 
 COLOURS = ("red", "lime", "blue", "white", "black")
 
@@ -64,6 +65,36 @@ def test_films_are_read_by_pyav(tmp_path: Path, name: str) -> None:
     (tmp_path / "torn.mp4").write_bytes((tmp_path / name).read_bytes()[:30])
     with pytest.raises(TaskError, match="not a readable film"):
         open_video(tmp_path / "torn.mp4")
+
+
+@pytest.mark.parametrize(("begin", "edited"), [(30, True), (5, False)])
+def test_films_that_were_cut_are_thinned_by_what_is_shown(tmp_path: Path, begin: int, edited: bool) -> None:
+    """Packets are left over of what is cut: an edit list hides them, or there is no key frame to decode them by."""
+    av = pytest.importorskip("av")
+    whole, part = tmp_path / "whole.mp4", tmp_path / "part.mp4"
+    with av.open(str(whole), "w") as film:
+        stream = film.add_stream("libx264", rate=30, options={"g": "60" if edited else "20", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(60):
+            film.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 48), (4 * number,) * 3))))
+        film.mux(stream.encode())
+    with av.open(str(whole)) as film, av.open(str(part), "w", options={"avoid_negative_ts": "disabled"}) as cut:
+        source = film.streams.video[0]
+        stream = cut.add_stream_from_template(source)
+        for packet in [packet for packet in film.demux(source) if packet.size][0 if edited else begin :]:
+            for time in ("pts", "dts"):
+                setattr(packet, time, getattr(packet, time) - int(begin / (30 * source.time_base)))
+            packet.stream = stream
+            cut.mux(packet)
+    first = 30 if edited else 20
+
+    def numbers(most: int | None) -> list[int]:
+        shades = [frame.getpixel((8, 6)) for frame in open_video(part, most).frames]
+        return [round(shade[0] / 4) for shade in shades if isinstance(shade, tuple)]
+
+    assert numbers(None) == list(range(first, 60))
+    assert numbers(8) == [first + place for place in thinned(60 - first, 8)]
+    assert numbers(1) == [first + (60 - first) // 2]
 
 
 def test_a_film_without_pyav_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,32 +158,42 @@ class Recorder:
         return self
 
 
-class Network:
-    device = dtype = None
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """A model that reads pictures and videos."""
+    return tiny("llava_next_video")
 
 
-def test_a_video_goes_into_the_messages_as_its_frames() -> None:
+def test_a_video_goes_into_the_messages_as_its_frames(network: Any) -> None:
     clip, picture, processor = Video(tuple(frames(3))), frames()[0], Recorder(template=True)
-    prepare(Network(), processor, [[clip]], ["what moves?"])
+    prepare(network, processor, [[clip]], ["what moves?"])
     ((message,),) = processor.conversations
     assert message["content"][0] == {"type": "video", "video": list(clip.frames)}
     assert message["content"][1] == {"type": "text", "text": "what moves?"}
-    prepare(Network(), processor, [[picture, picture]], ["which?"])
+    prepare(network, processor, [[picture, picture]], ["which?"])
     assert [part["type"] for part in processor.conversations[0][0]["content"]] == ["image", "image", "text"]
 
 
-def test_without_a_template_the_marks_stand_before_the_question() -> None:
+def test_without_a_template_the_marks_stand_before_the_question(network: Any) -> None:
     clip, picture, processor = Video(tuple(frames(3))), frames()[0], Recorder(template=False)
-    prepare(Network(), processor, [[clip], [clip]], ["a?", "b?"])
+    prepare(network, processor, [[clip], [clip]], ["a?", "b?"])
     assert processor.given["text"] == ["USER: <video>\na? ASSISTANT:", "USER: <video>\nb? ASSISTANT:"]
     assert processor.given["videos"] == [[list(clip.frames)]] * 2 and "images" not in processor.given
-    prepare(Network(), processor, [[picture, picture]], ["c?"])
+    prepare(network, processor, [[picture, picture]], ["c?"])
     assert processor.given["text"] == ["USER: <image><image>\nc? ASSISTANT:"] and "videos" not in processor.given
 
 
-def test_clips_of_unequal_length_are_no_batch() -> None:
+def test_a_video_is_shown_to_models_that_read_videos() -> None:
+    clip, picture, processor = Video(tuple(frames(3))), frames()[0], Recorder(template=True)
+    prepare(tiny("llava"), processor, [[picture]], ["what?"])
+    with pytest.raises(UnsupportedModel, match="LlavaForConditionalGeneration reads no videos") as refused:
+        prepare(tiny("llava"), processor, [[clip]], ["what?"])
+    assert "such as demo-video" in str(refused.value.hint)
+
+
+def test_clips_of_unequal_length_are_no_batch(network: Any) -> None:
     with pytest.raises(UnsupportedCall, match="3, 4 frames"):
-        prepare(Network(), Recorder(True), [[Video(tuple(frames(3)))], [Video(tuple(frames(4)))]], ["a?", "b?"])
+        prepare(network, Recorder(True), [[Video(tuple(frames(3)))], [Video(tuple(frames(4)))]], ["a?", "b?"])
 
 
 def test_tokens_of_videos_count_as_well() -> None:

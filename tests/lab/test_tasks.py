@@ -60,6 +60,32 @@ def test_parquet_with_pictures_inside(folder: Path) -> None:
     assert [task.open(key).getpixel((0, 0)) for key in keys[:2]] == [(0, 255, 0), (255, 0, 0)]
 
 
+def test_columns_that_are_empty_count_as_none(folder: Path) -> None:
+    """Where some rows are about videos, the tables of parquet have null in what the others lack."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (folder / "clip").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 6), "lime").save(folder / "clip" / f"{i}.png")
+    rows: list[dict[str, Any]] = [
+        {"image": "red.png", "question": "a?", "answer": "x", "id": None, "type": None},
+        {"images": ["red.png", "blue.png"], "question": "b?", "answers": ["y", "z"], "type": "two"},
+        {"video": "clip", "question": "c?", "answer": "x", "frames": None},
+        {"video": "clip", "question": "d?", "answer": "x", "frames": 2.0, "id": "last"},
+    ]
+    columns = {name: None for row in rows for name in row}
+    table = pyarrow.Table.from_pylist([columns | row for row in rows])
+    parquet.write_table(table, folder / "mixed.parquet")
+    for file in (folder / "mixed.parquet", jsonl(folder / "mixed.jsonl", *(columns | row for row in rows))):
+        task = load_task(str(file))
+        assert [(item.name, item.type) for item in task.items] == [
+            ("0", "all"), ("1", "two"), ("2", "all"), ("last", "all")
+        ]  # fmt: skip
+        assert [item.answers for item in task.items[:2]] == [("x",), ("y", "z")]
+        shown = [[task.open(key) for key in item.pictures] for item in task.items]
+        assert list(map(len, shown)) == [1, 2, 1, 1]
+        assert [len(clip.frames) for (clip,) in shown[2:] if isinstance(clip, Video)] == [4, 2]
+
+
 def test_the_demo_world() -> None:
     task = load_task("demo", 6)
     assert len(task.items) == 6 and task.open(task.items[0].pictures[0]).size == (336, 336)
@@ -108,6 +134,9 @@ def test_the_worlds_of_several_pictures_and_of_clips() -> None:
         ([{"image": "green.png", "question": "a?", "answer": "b"}], "no such picture"),
         ([{"video": "no.mp4", "question": "a?", "answer": "b"}], "no such video"),
         ([{"video": "red.png", "frames": 0, "question": "a?", "answer": "b"}], "video is a path, frames a number"),
+        ([{"video": "red.png", "frames": 2.5, "question": "a?", "answer": "b"}], "video is a path, frames a number"),
+        ([{"image": None, "question": "a?", "answer": "b"}], "row 1 has no picture; it has question, answer"),
+        ([{"image": "red.png", "question": "a?", "answers": None}], "row 1 has image, question"),
         ([{"video": "red.png", "image": "red.png", "question": "a?", "answer": "b"}], "has pictures and a video"),
         ([{"image": 3, "question": "a?", "answer": "b"}], "a picture is a path or bytes, got int"),
         ([{"image": "red.png", "question": "a?", "answer": "b", "id": "x"}] * 2, "the id 'x' is taken"),

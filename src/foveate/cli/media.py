@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.cli.ask import UserError
-from foveate.errors import FoveateError, UnsupportedModel
+from foveate.errors import FoveateError
 
 if TYPE_CHECKING:
     from foveate.draw.ground import Frames
@@ -26,8 +26,9 @@ def shows_video(paths: Sequence[Path], question: str, frames: int | None) -> boo
     """
     from foveate.lab.media import is_video
 
-    if os.path.isfile(question):
-        raise UserError(f"no question, {question} is a file", 'the question comes last: "what is in the picture?"')
+    if os.path.exists(question):
+        kind = "folder" if os.path.isdir(question) else "file"
+        raise UserError(f"no question, {question} is a {kind}", 'the question comes last: "what is in the picture?"')
     for path in paths:
         if not os.path.exists(path):  # unlike Path.exists, it takes a question that is too long for a name
             raise UserError(f"no such picture: {path}", "check the path, or try the bundled picture: foveate demo")
@@ -40,27 +41,19 @@ def shows_video(paths: Sequence[Path], question: str, frames: int | None) -> boo
     return bool(videos)
 
 
-def watch(path: Path, network: Any, processor: Any, frames: int | None) -> Video:
+def watch(path: Path, processor: Any, frames: int | None) -> Video:
     """Return as many frames of a video as are wanted, evenly spread.
 
     Args:
         path: A file, or a folder of frames.
-        network: The model that is asked.
-        processor: Its processor.
+        processor: Processor of the model that is asked.
         frames: Frames at most; what suits the model unless told.
 
     Raises:
-        UnsupportedModel: If the model reads no videos.
         TaskError: If the video cannot be read.
     """
-    from foveate.families import family_of
     from foveate.lab.media import open_video
 
-    if "video" not in family_of(network).modalities:
-        raise UnsupportedModel(
-            f"{type(network).__name__} reads no videos, and {path} is one",
-            "pass pictures, or take a model that reads videos: --model demo-video",
-        )
     suits = getattr(getattr(processor, "video_processor", processor), "num_frames", None) or FRAMES
     return open_video(path, frames or suits)
 
@@ -69,6 +62,7 @@ def prepare(network: Any, processor: Any, shown: Sequence[Media], question: str)
     """Return the model's inputs.
 
     Raises:
+        UnsupportedModel: If it is shown a video, and the model reads none.
         UserError: If the processor refuses what it is shown: so many pictures, or a video where its template has none.
     """
     from foveate.lab import chat

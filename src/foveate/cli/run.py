@@ -67,7 +67,7 @@ def run(
         check_writable(html, (".html", ".htm"))
     shown: list[Media] = [] if video else [open_picture(path) for path in pictures]
     network, processor = load(model, device, pictures=not video)  # after the pictures: a broken one should not wait
-    film = watch(pictures[0], network, processor, frames) if video else None
+    film = watch(pictures[0], processor, frames) if video else None
     shown += [film] if film else []
     inputs = prepare(network, processor, shown, question)
     plain, _ = ask(network, processor, inputs, None, max_new_tokens)

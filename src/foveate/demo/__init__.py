@@ -15,7 +15,7 @@ from foveate.errors import MissingDependency, UnsupportedModel, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODEL", "MODELS", "PICTURE", "QUESTIONS", "folder", "load"]
+__all__ = ["MODEL", "MODELS", "PICTURE", "QUESTIONS", "folder", "load", "load_processor"]
 
 MODEL = Path(__file__).parent / "model"
 """Folder of the model ``demo``, its tokenizer and its processor."""
@@ -79,14 +79,27 @@ def load(
     """
     place = folder(name)
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype or torch.float32, local_files_only=True)
-    processor: Any
+    return model.to(device or "cpu").eval(), load_processor(name)
+
+
+def load_processor(name: str = "demo") -> Any:
+    """Loads a demo model's processor alone.
+
+    Args:
+        name: One of `MODELS`.
+
+    Raises:
+        UnsupportedModel: If there is no such model.
+        MissingDependency: If its weights are not installed.
+    """
+    place = folder(name)
     if name == "demo-video":  # a clip needs no torchvision there, as it does with the stock processor
         from foveate.demo.video.processor import load as read
 
-        processor = read(place)
-    else:
-        processor = AutoProcessor.from_pretrained(place, local_files_only=True)
-    return model.to(device or "cpu").eval(), processor
+        return read(place)
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(place, local_files_only=True)

@@ -32,7 +32,7 @@ JUDGED = 8
 SINK = 3.0
 """Weight of the first token against one per shape, when a head counts shapes by where its attention goes."""
 COUNTED, SEVERAL = 4.0, 3.0
-"""Weights of how much goes to the first token, beside where the rest goes; and of names of several shapes, beside one."""
+"""Weights of how much goes to the first token, beside where the rest goes; of names of several shapes, beside one."""
 REST = 4.0
 """Weight of CLS against one per covered patch, when a head measures an item by where its attention goes."""
 WAYS = {"left": (0.0, 1.0), "right": (0.0, -1.0), "above": (1.0, 0.0), "below": (-1.0, 0.0)}

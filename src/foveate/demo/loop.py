@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -73,7 +75,7 @@ class Loop(ABC):
         self.out, self.stage, self.seconds, self.device, self.seed = out, stage, minutes * 60, device, seed
         self.build(seed)
         self.model, self.heads = self.model.to(device), self.heads.to(device)
-        self.step, self.elapsed = 0, 0.0
+        self.step, self.elapsed, self.best = 0, 0.0, 0.0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         named = {id(p): (n, p) for m in self.parts() for n, p in m.named_parameters()}
         matrix = [p for n, p in named.values() if p.ndim == 2 and ("layers." in n or "linear_" in n)]
@@ -132,18 +134,17 @@ class Loop(ABC):
             self.model.load_state_dict(saved.state_dict())
 
     def _resume(self) -> None:
-        """Goes on from the checkpoint; several workers begin without optimizer state: only the first one's is saved."""
+        """Takes the weights of the checkpoint and, in its stage, goes on; several workers' optimizers begin anew."""
         path = self.out / "state.pt"
         if not path.exists():
             return
         state = torch.load(path, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"], strict=False)
-        if state["stage"] == self.stage and state["elapsed"] < self.seconds:
-            self.step, self.elapsed = state["step"], state["elapsed"]
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                if self.world == 1:
-                    optimizer.load_state_dict(saved)
+        if state["stage"] == self.stage:
+            self.step, self.elapsed, self.best = state["step"], state["elapsed"], state["best"]
+            for optimizer, saved in zip(self.optimizers, state["optimizers"] if self.world == 1 else (), strict=False):
+                optimizer.load_state_dict(saved)
 
     def checkpoint(self) -> None:
         """Writes everything that is needed to go on."""
@@ -151,18 +152,17 @@ class Loop(ABC):
             return
         state = {
             "model": self.model.state_dict(), "heads": self.heads.state_dict(), "stage": self.stage, "step": self.step,
-            "elapsed": self.elapsed, "optimizers": [o.state_dict() for o in self.optimizers],
+            "elapsed": self.elapsed, "best": self.best,
+            "optimizers": [o.state_dict() for o in self.optimizers if self.world == 1],
         }  # fmt: skip
         torch.save(state, self.out / "state.new")
         (self.out / "state.new").rename(self.out / "state.pt")
 
     def save(self, folder: Path, reached: float) -> None:
-        """Writes the model for its users where its mean is the best of this stage so far."""
-        path = self.out / f"best-{self.stage}.json"
-        best = json.loads(path.read_text()) if path.exists() else 0.0
-        if reached >= best:
+        """Writes the model for its users where its mean is the best of this stage so far, or none is there yet."""
+        if reached >= self.best or not (folder / "model.safetensors").exists():
             build.save(self.model, self.processor, folder)
-            path.write_text(json.dumps(reached))
+            self.best = reached
 
     def write(self, **record: Any) -> None:
         """Adds a line to the log."""
@@ -176,12 +176,12 @@ class Loop(ABC):
         """Averages the gradients of all workers; they also agree on the time spent and on whether to stop."""
         if self.world == 1:
             return seconds, stop
-        grads = [p.grad for p in self.learning if p.grad is not None]
-        flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([seconds, float(stop)])])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learning]
+        flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor([seconds, float(stop)])])
         dist.all_reduce(flat)
         flat /= self.world
-        for grad, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        for parameter, part in zip(self.learning, flat[:-2].split([g.numel() for g in grads]), strict=True):
+            parameter.grad = part.view_as(parameter)
         return float(flat[-2]), bool(flat[-1] > 0)
 
     @torch.no_grad()
@@ -206,8 +206,9 @@ class Loop(ABC):
             now = next(p for p in self.plan[self.stage] if done < p.until)
             if now is not phase:
                 phase = now
+                seed = np.random.SeedSequence([self.seed, self.step, self.rank]).generate_state(1, np.uint64)[0]
                 stream = iter(DataLoader(
-                    self.stream(phase, phase.batch // self.world, 2 * self.step + self.rank),
+                    self.stream(phase, phase.batch // self.world, int(seed)),
                     batch_size=None, num_workers=WORKERS, prefetch_factor=8 if WORKERS else None, worker_init_fn=_leave,
                 ))  # fmt: skip
             assert stream is not None
@@ -236,14 +237,12 @@ class Loop(ABC):
                 sums.clear()
             if self.elapsed - told > every or self.elapsed >= self.seconds or stop:
                 told = self.elapsed
-                self.checkpoint()
-                if stop:
-                    break
-                if self.rank == 0:
+                if self.rank == 0 and (self.elapsed >= self.seconds or not stop):
                     scores = self.validate()
                     self.write(validation=True, **scores)
                     if save is not None:
                         self.save(save, scores["mean"])
+                self.checkpoint()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -255,7 +254,7 @@ def command(loop: type[Loop], description: str | None) -> None:
     parser.add_argument("--minutes", type=float, required=True, help="length of the stage")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--weights", type=Path, help="folder of the model to begin with, where there is no checkpoint")
-    parser.add_argument("--save", type=Path, help="folder that gets the model at every checkpoint")
+    parser.add_argument("--save", type=Path, help="folder that gets the best model of the stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -266,4 +265,6 @@ def command(loop: type[Loop], description: str | None) -> None:
     recipe = loop(args.out, args.stage, args.minutes, args.device, args.seed)
     if args.weights:
         recipe.start(args.weights)
+    if recipe.elapsed >= recipe.seconds:
+        print(f"{args.stage} is finished\nhint: give it more --minutes, or another --stage or --out", file=sys.stderr)
     recipe.run(args.save)

@@ -99,7 +99,7 @@ class Heads(nn.Module):
             nn.init.zeros_(reader.weight)
 
     def forward(self, hidden: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        """Loss, and accuracy per label."""
+        """Loss, and accuracy per label; mean distances begin with "_"."""
         hidden = self.norm(hidden)
         logits = self.patch(hidden[:, 1:]).flatten(0, 1).float()
         parts = logits.split([*LABELS.values(), 2, 1], 1)
@@ -126,7 +126,7 @@ class Heads(nn.Module):
         share = batch["mass"].flatten().to(logits.device)
         miss = (parts[-1][:, 0] - share.clamp(1e-3).log())[share > 0]
         loss = loss + F.smooth_l1_loss(miss, torch.zeros_like(miss), beta=0.2)
-        scores |= {"offset": (parts[-2] - offset)[there].abs().mean().item(), "mass": miss.abs().mean().item()}
+        scores |= {"_offset": (parts[-2] - offset)[there].abs().mean().item(), "_mass": miss.abs().mean().item()}
         pairs, words, counts = self.whole(hidden[:, 0]).float().split(list(MARKS.values()), 1)
         for name, part in (("pairs", pairs), ("words", words)):
             target = batch[name].to(part.device).float()

@@ -89,10 +89,11 @@ class Trainer(Loop):
         last, _ = self.heads[1](states[-1], batch)
         astray = torch.stack(stray).sum()
         total = main + 0.25 * last + 0.3 * astray
-        scores["stray"] = astray.item()
+        scores["_stray"] = astray.item()
         if self.stage == "joint":
             answer, read = self._answers(states[-2][:, 1:], batch)
-            return answer + 0.2 * total, {f"_see_{name}": value for name, value in scores.items()} | read
+            seen = {f"_see_{name.removeprefix('_')}": value for name, value in scores.items()}
+            return answer + 0.2 * total, seen | read
         return total, scores
 
     def _answers(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from foveate.errors import UnsupportedCall
+from foveate.errors import UnsupportedCall, UnsupportedModel
+from foveate.families import family_of
 from foveate.lab.media import Media, Video
 
 KINDS = ("image", "video")
@@ -26,11 +27,17 @@ def prepare(
         options: For the processor's call, for example ``size``.
 
     Raises:
+        UnsupportedModel: If there are videos, and the model reads none.
         UnsupportedCall: If videos of a batch differ in length.
     """
     if len(questions) > 1:
         options = {"padding": True, "padding_side": "left"} | options
     lengths = {len(one.frames) for row in pictures for one in row if isinstance(one, Video)}
+    if lengths and "video" not in family_of(network).modalities:
+        raise UnsupportedModel(
+            f"{type(network).__name__} reads no videos",
+            "show it pictures, or take a model that reads videos, such as demo-video",
+        )
     if len(lengths) > 1:
         raise UnsupportedCall(
             f"videos of {', '.join(map(str, sorted(lengths)))} frames do not fit into one batch",

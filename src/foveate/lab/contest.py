@@ -9,7 +9,7 @@ from typing import Any
 
 import foveate
 from foveate import registry
-from foveate.budget import Keep
+from foveate.budget import Keep, check_keep
 from foveate.core import Method
 from foveate.errors import BudgetError, TaskError, UnsupportedMethod
 
@@ -103,6 +103,8 @@ def read_arms(path: Path) -> list[Arm]:
         except ValueError as error:
             hint = "write a budget and a method: 0.22  evocut:alpha=0.5"
             raise TaskError(f"{path}, line {number} is no arm: {line.strip()!r}", hint) from error
+        if budget is not None:
+            check_keep(budget)
         own = budget is None or "keep=" in spec or "stages=" in spec
         name = foveate.to_spec(foveate.from_spec(spec)) if own or budget is None else with_keep(spec, budget)
         arms.append(Arm(name, name if own else spec, budget))
@@ -119,7 +121,7 @@ def contest(
         methods: Specs without a budget; None: every registered method.
         budgets: Means of visual tokens per decoder layer.
         tokens: Visual tokens of one image, for budgets that a deep enough decoder would meet.
-        more: Further arms.
+        more: Further arms; of those with one name the first takes part.
 
     Raises:
         UnknownMethod, UnsupportedMethod, BudgetError: If a method that was asked for by name cannot run at all.
@@ -129,7 +131,10 @@ def contest(
     arms, refused = [FULL, BLIND, *(Arm(f"downscale:keep={keep!r}", "downscale", keep) for keep in budgets)], {}
     names = list(dict.fromkeys((*ALWAYS, *(registry.names() if methods is None else methods))))
     wanted = [Arm(with_keep(name, keep), name, keep) for name in names for keep in budgets]
-    for arm in {arm.name: arm for arm in (*wanted, *more)}.values():
+    asked: dict[str, Arm] = {}
+    for arm in (*wanted, *more):
+        asked.setdefault(arm.name, arm)
+    for arm in asked.values():
         try:
             built = foveate.from_spec(arm.name)
             expected_mean(built, tokens, layers)

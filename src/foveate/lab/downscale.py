@@ -42,7 +42,7 @@ def downscaled(
     Args:
         network: The model.
         processor: Its processor.
-        pictures: One or more pictures, or a video, for each row.
+        pictures: One or more pictures, or a video, for each row; the videos of a batch have one length and one size.
         questions: One question for each row.
         keep: Tokens per picture or video, at most; a float is the fraction of what the whole one makes.
         whole: Tokens of each tiled picture, where they are known; else they are counted in the prompt, where the ends

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby, zip_longest
+from math import prod
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,8 @@ class Run:
     def _near(self) -> Iterator[list[list[list[Item]]]]:
         """Yield parts of the task, those about neighbours together.
 
-        A part is about the same ``batch`` groups of pictures, of like size, or videos of one length. It has rounds,
-        each of which asks one question about each.
+        A part is about the same ``batch`` groups of pictures, of like size, or videos of one length and size. It has
+        rounds, each of which asks one question about each.
         """
         about: dict[tuple[str, ...], list[Item]] = defaultdict(list)
         for item in self.task.items:
@@ -275,10 +276,11 @@ class Run:
         return time.perf_counter() - start
 
 
-def _size(shown: Sequence[Media]) -> tuple[tuple[int, ...], int]:
-    """Return what may stand together in a batch (frames of videos, 0 for pictures), and how much there is to see."""
-    lengths = tuple(sorted({len(one.frames) if isinstance(one, Video) else 0 for one in shown}))
-    return lengths, sum(max(1, sum(lengths)) * one.size[0] * one.size[1] for one in shown)
+def _size(shown: Sequence[Media]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Return what may stand together in a batch (all pictures; videos of one shape), and how much there is to see."""
+    shapes = {(len(one.frames), *one.size) for one in shown if isinstance(one, Video)}
+    seen = sum(prod(one.size) * (len(one.frames) if isinstance(one, Video) else 1) for one in shown)
+    return tuple(sorted(shapes)), seen
 
 
 def mean_of(keep: Keep, tokens: int) -> float:

@@ -161,11 +161,23 @@ def _film(path: Path, most: int | None) -> list[Image.Image]:
 
     try:
         with av.open(path) as film:  # what the file says of its length is often wrong
-            count = sum(1 for packet in film.demux(video=0) if packet.size)
-        with av.open(path) as film:
-            return [_upright(frame) for frame in _at(film.decode(video=0), thinned(count, most))]
+            count = sum(1 for packet in film.demux(video=0) if packet.size and not packet.is_discard)
+        frames, shown = _decoded(path, thinned(count, most))
+        return frames if shown == count else _decoded(path, thinned(shown, most))[0]
     except (av.FFmpegError, OSError, IndexError) as error:
         raise TaskError(f"not a readable film: {path}", "pass an MP4 or WebM file with a picture track") from error
+
+
+def _decoded(path: Path, wanted: list[int]) -> tuple[list[Image.Image], int]:
+    """Return the frames at some places, and how many the film shows: not every packet need become a frame."""
+    import av
+
+    frames, shown, places = list[Image.Image](), 0, set(wanted)
+    with av.open(path) as film:
+        for shown, frame in enumerate(film.decode(video=0), 1):
+            if shown - 1 in places:
+                frames.append(_upright(frame))
+    return frames, shown
 
 
 def _upright(frame: Any) -> Image.Image:

@@ -138,8 +138,9 @@ class Reader:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         built = None if method == PLAIN else foveate.from_spec(method)
-        place = str(demo.folder(pretrained)) if pretrained in demo.MODELS else pretrained
-        self.processor: Any = AutoProcessor.from_pretrained(place)
+        ours = pretrained in demo.MODELS
+        place = str(demo.folder(pretrained)) if ours else pretrained
+        self.processor: Any = demo.load_processor(pretrained) if ours else AutoProcessor.from_pretrained(place)
         if chat_template is not None:
             self.processor.chat_template = Path(chat_template).read_text(encoding="utf-8")
         if not getattr(self.processor, "chat_template", None):
@@ -225,9 +226,12 @@ class Reader:
             media["images"] = [[load_image(image) for image in prompt.images] for prompt in prompts]
         if prompts[0].videos:
             read = [[_frames(video, self.frames) for video in prompt.videos] for prompt in prompts]
-            media["videos"] = [[frames for frames, _ in row] for row in read]
-            media["video_metadata"] = [[told for _, told in row] for row in read]
-            media["do_sample_frames"] = False
+            if hasattr(self.processor, "video_processor"):
+                media["videos"] = [[frames for frames, _ in row] for row in read]
+                media["video_metadata"] = [[told for _, told in row] for row in read]
+                media["do_sample_frames"] = False
+            else:  # of our own processor a clip is a list of frames
+                media["videos"] = [[list(frames) for frames, _ in row] for row in read]
         start = self.tokenizer.bos_token
         if start and texts[0].startswith(start):
             media["add_special_tokens"] = False

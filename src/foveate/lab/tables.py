@@ -169,8 +169,8 @@ def asked(summary: Summary, header: Mapping[str, Any]) -> str:
 
 def unfinished(summary: Summary, header: Mapping[str, Any]) -> str:
     """Return which arms have not answered everything yet; empty if all have."""
-    told = header.get("first") or header.get("n")
-    n = max(summary.items, told if isinstance(told, int) else 0)
+    told = [header[name] for name in ("first", "n") if isinstance(header.get(name), int)]
+    n = max(summary.items, min(told, default=0))
     behind = [f"{row.arm} {row.score.n}" for row in summary.rows if row.score.n < n]
     return f"Unfinished: fewer than {n} questions were answered by {', '.join(behind)}." if behind else ""
 

@@ -179,8 +179,8 @@ def _table(path: Path, n: int | None) -> Task:
     rows: Sequence[Mapping[str, Any]] = _parquet(path, n) if path.suffix == ".parquet" else _jsonl(path, n)
     stored: dict[str, bytes | tuple[Path, int]] = {}
     items: dict[str, Item] = {}
-    for place, row in enumerate(rows):
-        where = f"{path}, row {place + 1}"
+    for place, columns in enumerate(rows):
+        where, row = f"{path}, row {place + 1}", {name: one for name, one in columns.items() if one is not None}
         pictures = _shown(row, path, stored, where)
         answers = row.get("answers", row.get("answer"))
         answers = [answers] if isinstance(answers, str | int | float) else answers
@@ -229,8 +229,8 @@ def _parquet(path: Path, n: int | None) -> list[dict[str, Any]]:
 
 def _shown(row: Mapping[str, Any], path: Path, stored: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the keys of what a row is about."""
-    value = row.get("images", row.get("image", row.get("file_name")))
-    pictures = value if isinstance(value, list) else [] if value is None else [value]
+    value = row.get("images", row.get("image", row.get("file_name", [])))
+    pictures = value if isinstance(value, list) else [value]
     video = row.get("video")
     if not pictures and video is None:
         raise TaskError(f"{where} has no picture; it has {', '.join(row)}", "each row has image, question and answer")
@@ -239,6 +239,8 @@ def _shown(row: Mapping[str, Any], path: Path, stored: dict[str, Any], where: st
     if video is None:
         return tuple(_picture(one, path, stored, where) for one in pictures)
     most = row.get("frames", FRAMES)
+    if isinstance(most, float) and most.is_integer():  # as columns are in which some rows have none
+        most = int(most)
     if not isinstance(video, str) or isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise TaskError(f"{where}: video is a path, frames a number", 'like "video": "clip.mp4", "frames": 8')
     file = path.parent / video

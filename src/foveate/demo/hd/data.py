@@ -112,7 +112,7 @@ def label(items: Sequence[Item], owner: Pixels, grid: Size) -> Labels:
     Returns:
         For each name in `LABELS` an array (frames, patches), "item" (the item of a patch from 1, 0 nothing, -1
         unclear), "letters" (frames, patches, `SIGNS`), 1 where a patch shows part of a letter, and for each name in
-        `MARKS` an array (frames, width). Print in thumbnails has no label.
+        `MARKS` an array (frames, width). Print in thumbnails has no label, nor has a whole thumbnail.
     """
     (width, height), pad = _stretch(owner, grid)
     zoom = width / owner.shape[1], height / owner.shape[0]
@@ -157,8 +157,8 @@ def label(items: Sequence[Item], owner: Pixels, grid: Size) -> Labels:
                             letters[f, r, c, SIGNS.index(letter)] = 1
         found[f] = best
     labels = {name: values[found + 1].reshape(len(frames), -1) for name, values in table.items()}
-    for name in ("word", "tens", "ones"):
-        labels[name][0] = IGNORE
+    for values in (labels["word"], labels["tens"], labels["ones"], *marks.values()):
+        values[0] = IGNORE
     flat = found.reshape(len(frames), -1)
     return labels | {"item": flat, "letters": letters.reshape(len(frames), GRID * GRID, -1)} | marks
 

@@ -70,8 +70,10 @@ class Heads(nn.Module):
             loss = loss + F.cross_entropy(parts[-1][read], goal)
         pairs, words = self.whole(hidden[:, 0]).float().split(list(MARKS.values()), 1)
         for name, part in (("pairs", pairs), ("words", words)):
-            target = batch[name].flatten(0, -2).to(part.device).float()
-            loss = loss + 4 * F.binary_cross_entropy_with_logits(part, target)
+            target = batch[name].flatten(0, -2).to(part.device)
+            known = target != IGNORE
+            if known.any():
+                loss = loss + 4 * F.binary_cross_entropy_with_logits(part[known], target[known].float())
         return loss, scores
 
 
