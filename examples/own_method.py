@@ -32,9 +32,9 @@ if __name__ == "__main__":
     model, processor = demo.load()
     question, truth = demo.QUESTIONS[0]
     inputs = processor(Image.open(demo.PICTURE), f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
-    for method in (Contrast(keep=64), foveate.Random(keep=64)):
+    for method in (Contrast(keep=96), foveate.Random(keep=96)):
         with foveate.compress(model, method) as handle:
             output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         print(f"{question} {answer} (it is {truth})", handle.report, sep="\n")
-    print(foveate.verify(model, Contrast(keep=64)))  # a dropped token is a masked token
+    print(foveate.verify(model, Contrast(keep=96)))  # a dropped token is a masked token

@@ -38,7 +38,7 @@ def test_packed_questions_equal_single_prompts_of_the_stock_model(model: torch.n
     rng = np.random.default_rng(3)
     shown = pictures(rng, size, items)
     questions = ask(rng, items, 4)
-    text = ["<s>USER: " + "<image>\n" * len(shown) + f"{q.text} ASSISTANT:" for q in questions]
+    text = ["USER: " + "<image>\n" * len(shown) + f"{q.text} ASSISTANT:" for q in questions]
     inputs = processor(images=list(shown) * 4, text=text, return_tensors="pt", padding=True)
     with torch.no_grad():
         image = frames(batch, "cpu")

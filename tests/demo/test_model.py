@@ -18,7 +18,7 @@ import foveate.demo as demo
 from foveate.demo.evaluate import Score, answer, evaluate, prompt, table
 from foveate.demo.world import COLOURS, SHAPES, WORDS, held_out
 
-FLOOR = 0.65
+FLOOR = 0.9
 """Least accuracy on a small held-out sample; the card has the figure for the whole set."""
 
 
@@ -61,7 +61,7 @@ def test_left_padding_and_template(loaded: tuple[Any, Any]) -> None:
     tokens = processor.tokenizer
     assert tokens.padding_side == "left" and tokens.pad_token_id not in (tokens.eos_token_id, tokens.bos_token_id)
     text = processor.apply_chat_template(prompt("who?"), add_generation_prompt=True)
-    assert text == "<s>USER: <image>\nwho? ASSISTANT:"
+    assert text == "USER: <image>\nwho? ASSISTANT:"
 
 
 def test_tokenizer_keeps_words_of_the_world_whole_and_any_text_intact(loaded: tuple[Any, Any]) -> None:

@@ -46,7 +46,7 @@ def test_packed_questions_equal_single_prompts_of_the_stock_model() -> None:
     tokens, picture = build.tokenizer(), scene(5)
     processor, model = build.processor(), build.model(tokens, seed=1).eval()
     questions = picture.questions[:4]
-    text = [f"<s>USER: <image>\n{q.text} ASSISTANT:" for q in questions]
+    text = [f"USER: <image>\n{q.text} ASSISTANT:" for q in questions]
     inputs = processor(images=[picture.image] * 4, text=text, return_tensors="pt", padding=True)
     batch = {"pixels": torch.from_numpy(np.array(picture.image))[None]} | pack([questions], tokens)
     _, owner = paint(np.random.default_rng(0), picture.objects, picture.prints)

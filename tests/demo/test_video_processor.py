@@ -42,11 +42,11 @@ def test_a_conversation_becomes_inputs(processor: ClipProcessor) -> None:
 
 
 def test_a_conversation_becomes_text(processor: ClipProcessor) -> None:
-    text = "<s>USER: <video>\nwhat moves? ASSISTANT:"
+    text = "USER: <video>\nwhat moves? ASSISTANT:"
     assert processor.apply_chat_template(chat("what moves?", FRAMES), add_generation_prompt=True) == text
     assert processor.apply_chat_template([chat("what moves?", FRAMES)], add_generation_prompt=True) == [text]
     several = processor.apply_chat_template([{"role": "user", "content": "hello"}])
-    assert several == "<s>USER: hello "
+    assert several == "USER: hello "
 
 
 def test_clips_come_one_or_many_to_a_prompt(processor: ClipProcessor) -> None:

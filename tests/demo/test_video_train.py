@@ -62,7 +62,7 @@ def test_packed_questions_equal_single_prompts_of_the_stock_model(model: nn.Modu
     """Many questions behind one clip give the logits of each question alone, and no visual token is missing."""
     tokens, processor, shown = build.tokenizer(), build.processor(), clip(5)
     sample = describe(len(shown.frames), shown.lives, np.random.default_rng([5, 12]), shown.questions[:4])
-    text = [f"<s>USER: <video>\n{q.text} ASSISTANT:" for q in sample["questions"]]
+    text = [f"USER: <video>\n{q.text} ASSISTANT:" for q in sample["questions"]]
     inputs = processor(text=text, videos=[shown.frames] * 4, padding=True)
     batch = collate([sample], tokens)
     with torch.no_grad():

@@ -83,7 +83,7 @@ def test_chain(run: Run, tmp_path: Path) -> None:
 def test_own_method(run: Run) -> None:
     out = run("own_method.py")
     assert out.startswith("what colour is the circle? purple (it is purple)")
-    assert "contrast:keep=64 on LlavaForConditionalGeneration: dropped == masked" in out
+    assert "contrast:keep=96 on LlavaForConditionalGeneration: dropped == masked" in out
 
 
 def test_client(run: Run, loaded: tuple[Any, Any]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
+    "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
@@ -46,7 +46,7 @@ def _corpus() -> list[str]:
 @lru_cache
 def _vocabulary() -> str:
     """The trained tokenizer as JSON."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     model = Tokenizer(models.BPE(byte_fallback=True, unk_token=None))
     model.normalizer = normalizers.Lowercase()
@@ -69,6 +69,7 @@ def _vocabulary() -> str:
         show_progress=False,
     )
     model.train_from_iterator(_corpus(), trainer)
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return model.to_str()
 
 
@@ -91,7 +92,7 @@ def _extended(*words: tuple[str, ...]) -> str:
 
 
 def tokenizer(*words: tuple[str, ...], longest: int = 2048, **special: str) -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE in which every word of the world is one token and numbers are digits.
+    """A byte-fallback BPE in which every word of the world is one token and numbers are digits; a text begins with `<s>`.
 
     Args:
         words: Groups of further words, each made of the pieces known before its group; all other tokens stay.

@@ -111,7 +111,7 @@ def questions(n: int) -> tuple[list[Asked], dict[Asked, str]]:
         file = io.BytesIO()
         picture.save(file, "PNG")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        inputs = processor(images=picture, text=f"<s>USER: <image>\n{item.question} ASSISTANT:", return_tensors="pt")
+        inputs = processor(images=picture, text=f"USER: <image>\n{item.question} ASSISTANT:", return_tensors="pt")
         for method in dict.fromkeys((*MIXED, *TIMED)):
             with foveate.compress(network, method):
                 output = network.generate(**inputs, max_new_tokens=8, do_sample=False)
