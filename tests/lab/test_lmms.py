@@ -184,7 +184,7 @@ def test_a_batch_says_what_generate_says(reader: Any, asked: list[tuple[Image.Im
     entered = {"none": 576, "evocut:keep=16": 16, "v2drop:keep=64": 576}[method]
     for one, (picture, question) in zip(given, asked, strict=True):
         start = processor.apply_chat_template(prompt(question), add_generation_prompt=True)
-        whole = processor(text=start, images=picture, add_special_tokens=False).input_ids[0]
+        whole = processor(text=start, images=picture).input_ids[0]
         assert one.read == len(whole) - 576 + entered
     assert it.tally.pictures == (0 if method == "none" else len(asked))
 
@@ -209,7 +209,7 @@ def test_loss_of_an_answer(reader: Any, asked: list[tuple[Image.Image, str]], me
     model, processor = demo.load()
     start = processor.apply_chat_template(prompt(question), add_generation_prompt=True)
     for words in (" yes", " purple dog"):
-        inputs = processor(images=picture, text=start + words, return_tensors="pt", add_special_tokens=False)
+        inputs = processor(images=picture, text=start + words, return_tensors="pt")
         wanted = processor.tokenizer(words, add_special_tokens=False).input_ids
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -len(wanted) - 1 : -1]

@@ -92,7 +92,7 @@ def _extended(*words: tuple[str, ...]) -> str:
 
 
 def tokenizer(*words: tuple[str, ...], longest: int = 2048, **special: str) -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE in which every word of the world is one token and numbers are digits; a text begins with `<s>`.
+    """A byte-fallback BPE: words of the world are one token, numbers are digits, a text begins with `<s>`.
 
     Args:
         words: Groups of further words, each made of the pieces known before its group; all other tokens stay.

@@ -56,7 +56,7 @@ class ClipProcessor:
         return_tensors: str = "pt",
         padding: bool | str = False,
         padding_side: str | None = None,
-        add_special_tokens: bool = False,
+        add_special_tokens: bool = True,
     ) -> Any:
         """Makes a model's inputs.
 
@@ -67,7 +67,7 @@ class ClipProcessor:
             return_tensors: Kind of the tensors.
             padding: Whether shorter prompts are filled up.
             padding_side: On which side; the tokenizer's unless told.
-            add_special_tokens: Whether the tokenizer adds its own.
+            add_special_tokens: Whether the tokenizer begins each prompt with `<s>`.
 
         Returns:
             A `BatchFeature` of input_ids, attention_mask and, where there are clips, pixel_values_videos
