@@ -151,9 +151,9 @@ def averages(data: dict[str, Any]) -> str:
 
 def accuracy() -> str:
     """Return the demo model's accuracy by method and budget, and what share of the uncompressed accuracy that is."""
-    rows = read(RESULTS / "accuracy.csv")
+    rows = [row for row in read(RESULTS / "accuracy.csv") if ":" not in row["method"]]
     bounds = {row["method"]: float(row["accuracy"]) for row in rows if row["method"] in ("full", "blind")}
-    cells = {(row["method"], int(row["budget"])): float(row["accuracy"]) for row in rows if row["method"] not in bounds}
+    cells = {(row["method"], int(row["budget"])): float(row["accuracy"]) for row in rows if row["budget"]}
     budgets = sorted({budget for _, budget in cells}, reverse=True)
 
     def cell(share: float | None) -> str:
