@@ -1,4 +1,4 @@
-"""What the decoder is shown while it learns: where its heads should look, what its hidden states should know."""
+"""What tower and decoder are shown while they learn: where heads should look, what hidden states should know."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def uneven(looks: Tensor, goal: Tensor, weight: Tensor | None = None) -> Tensor:
     """How far attention (m, keys), before the softmax, is from being shared as the goal says (m, keys)."""
     share = goal / goal.sum(1, keepdim=True)
     missed: Tensor = (share * (share.clamp(1e-6).log() - looks.log_softmax(1))).sum(1)
-    return missed.mean() if weight is None else (missed * weight).sum() / weight.sum()
+    return missed.mean() if weight is None else (missed * weight).sum() / weight.sum().clamp(1e-6)
 
 
 def plain(hidden: Tensor) -> Tensor:
