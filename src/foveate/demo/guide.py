@@ -41,6 +41,24 @@ UNIT = 6.0
 """Patches that make one unit of the places that are read off hidden states."""
 CLEAR = 2.5
 """Least distance in patches at which two shapes count as one beside the other."""
+RARE = {"kind": 0.15, "smallest": 1 / 3}
+"""Label -> weight of its class 0, which most patches have."""
+
+
+def told(logits: Tensor, target: Tensor, zero: float | None) -> tuple[Tensor, float]:
+    """Loss and accuracy of reading a label off tokens.
+
+    Args:
+        logits: (m, classes).
+        target: The label (m,), `IGNORE` where a token has none; some have one.
+        zero: Weight of class 0 against one of any other, if most tokens have it: the accuracy leaves it out.
+    """
+    known = target != IGNORE
+    logits, target = logits[known], target[known]
+    weight = torch.ones(logits.shape[1], device=logits.device)
+    weight[0] = 1.0 if zero is None else zero
+    right = (logits.argmax(1) == target)[target >= (0 if zero is None else 1)].float()
+    return F.cross_entropy(logits, target, weight), right.mean().item() if len(right) else 1.0
 
 
 def astray(looks: Tensor, goal: Tensor) -> Tensor:
@@ -100,14 +118,9 @@ class Sights(nn.Module):
         }  # fmt: skip
         for name, part in zip(KNOWN, parts, strict=True):
             target = batch[name]
-            known = target != IGNORE
-            if known.any():
-                weight = torch.ones(part.shape[-1], device=part.device)
-                if name == "smallest":
-                    weight[1] = 3.0
-                loss = loss + 0.5 * F.cross_entropy(part[known], target[known], weight)
-                rare = known & (target > 0) if name == "smallest" and (target > 0).any() else known
-                scores[name] = (part.argmax(-1) == target)[rare].float().mean().item()
+            if (target != IGNORE).any():
+                missed, scores[name] = told(part.flatten(0, 1), target.flatten(), RARE.get(name))
+                loss = loss + 0.5 * missed
         return loss, scores
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE, LABELS, MARKS
-from foveate.demo.guide import Guide, Probes
+from foveate.demo.guide import RARE, Guide, Probes, told
 from foveate.demo.world import COLOURS, SHAPES, WORDS
 
 HINTED = 9
@@ -104,21 +104,13 @@ class Heads(nn.Module):
         logits = self.patch(hidden[:, 1:]).flatten(0, 1).float()
         parts = logits.split([*LABELS.values(), 2, 1], 1)
         loss, scores = logits.new_zeros(()), {}
-        for (name, classes), part in zip(LABELS.items(), parts, strict=False):
+        for name, part in zip(LABELS, parts, strict=False):
             target = batch[name].flatten().to(part.device)
             if name in ("row", "column"):
                 part, target = part[::3], target[::3]
-            weight = torch.ones(classes, device=part.device)
-            if name == "kind":
-                weight[0] = 0.15
-            if name == "smallest":
-                weight[1] = 3.0
-            known = target != IGNORE
-            if not known.any():
-                continue
-            loss = loss + WEIGHTS.get(name, 1.0) * F.cross_entropy(part, target, weight, ignore_index=IGNORE)
-            rare = known & (target > 0) if name in ("kind", "smallest") else known
-            scores[name] = (part.argmax(1) == target)[rare].float().mean().item()
+            if (target != IGNORE).any():
+                missed, scores[name] = told(part, target, RARE.get(name))
+                loss = loss + WEIGHTS.get(name, 1.0) * missed
         there = (batch["item"].flatten() > 0).to(logits.device)
         offset = batch["offset"].flatten(0, 1).to(logits.device).float() / 14
         miss = F.smooth_l1_loss(parts[-2], offset, reduction="none").sum(1)

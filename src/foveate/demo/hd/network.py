@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE
-from foveate.demo.guide import astray
+from foveate.demo.guide import astray, told
 from foveate.demo.hd.data import LABELS, MARKS
 from foveate.demo.network import answers, encode, pixels, visible
 from foveate.demo.world import COLOURS, SHAPES, WORDS
@@ -25,6 +25,8 @@ HINTED = 8
 """Decoder layer after which the end of a question should know the answer."""
 CLASS = {"faint": 2.0, "word": 1.5}
 """Weights of labels in the loss; one where not given."""
+RARE = {"kind": 0.15, "faint": 1.0}
+"""Label -> weight of its class 0, which most patches have."""
 
 
 def frames(batch: dict[str, Any], device: str) -> Tensor:
@@ -52,17 +54,11 @@ class Heads(nn.Module):
         logits = self.patch(hidden[:, 1:]).flatten(0, 1).float()
         parts = logits.split([*LABELS.values(), LETTERS], 1)
         loss, scores = logits.new_zeros(()), {}
-        for (name, classes), part in zip(LABELS.items(), parts, strict=False):
+        for name, part in zip(LABELS, parts, strict=False):
             target = batch[name].flatten().to(part.device)
-            weight = torch.ones(classes, device=part.device)
-            if name == "kind":
-                weight[0] = 0.15
-            known = target != IGNORE
-            if not known.any():
-                continue
-            loss = loss + CLASS.get(name, 1.0) * F.cross_entropy(part, target, weight, ignore_index=IGNORE)
-            rare = known & (target > 0) if name in ("kind", "faint") else known
-            scores[name] = (part.argmax(1) == target)[rare].float().mean().item()
+            if (target != IGNORE).any():
+                missed, scores[name] = told(part, target, RARE.get(name))
+                loss = loss + CLASS.get(name, 1.0) * missed
         letters = batch["letters"].flatten(0, -2).to(logits.device)
         read = (letters.sum(1) > 0).nonzero()[:, 0]
         if len(read):

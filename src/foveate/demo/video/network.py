@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.demo.data import IGNORE
-from foveate.demo.guide import astray
+from foveate.demo.guide import astray, told
 from foveate.demo.network import answers, encode, pixels, visible
 from foveate.demo.video.data import CELLS, LABELS
 from foveate.demo.world import COLOURS, SHAPES
@@ -27,6 +27,8 @@ GUIDED = (6, 8)
 HINTED = 9
 """Decoder layer after which the question mark should know the answer."""
 WEIGHTS = {"first": 0.2, "former": 0.5, "rank": 0.7}
+RARE = {"kind": 0.15, "gone": 0.1, "state": 0.4}
+"""Label -> weight of its class 0, which most visual tokens have."""
 
 
 def features(tower: Any, batch: dict[str, Any], device: str) -> Tensor:
@@ -52,18 +54,13 @@ class Heads(nn.Module):
         """Loss, and accuracy per label."""
         logits = self.read(F.rms_norm(hidden, hidden.shape[-1:])).flatten(0, 1).float()
         loss, scores = logits.new_zeros(()), {}
-        for (name, classes), part in zip(LABELS.items(), logits.split(list(LABELS.values()), 1), strict=True):
+        for name, part in zip(LABELS, logits.split(list(LABELS.values()), 1), strict=True):
             target = batch[name].flatten().to(part.device)
-            known = (target != IGNORE).nonzero()[:, 0]
-            if not len(known):
-                continue
-            weight = torch.ones(classes, device=part.device)
-            weight[0] = {"kind": 0.15, "gone": 0.1, "state": 0.4}.get(name, 1.0)
-            part, target = part[known], target[known]
-            loss = loss + WEIGHTS.get(name, 1.0) * F.cross_entropy(part, target, weight)
-            if name != "first":
-                rare = target > 0 if name in ("kind", "gone", "state") else target >= 0
-                scores[f"_{name}"] = (part.argmax(1) == target)[rare].float().mean().item() if rare.any() else 1.0
+            if (target != IGNORE).any():
+                missed, right = told(part, target, RARE.get(name))
+                loss = loss + WEIGHTS.get(name, 1.0) * missed
+                if name != "first":
+                    scores[f"_{name}"] = right
         return loss, scores
 
 
